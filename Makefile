@@ -1,0 +1,39 @@
+# What a developer does with the project; `make help` lists it. Users start with ./my_pipeline.sh.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.installed-dev
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all quality style
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "variables: PYTHON=$(PYTHON) (makes .venv), WORKERS=$(WORKERS) (test processes), PYTEST_ARGS='-k engine'"
+
+setup: $(READY)  ## make .venv and install everything, where pyproject.toml changed since (minutes, some GB the first time)
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python found; install Python 3.11, or name one: make setup PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev,eval]'
+	@touch $@
+
+test: setup  ## set up, then the quick suite and the examples in docstrings (minutes)
+	$(PYTEST)
+
+test-all: setup  ## the same with the long proofs
+	$(PYTEST) -m "slow or not slow"
+
+quality: setup  ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+style: setup  ## format, and fix what lint can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

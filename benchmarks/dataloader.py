@@ -1,0 +1,153 @@
+"""Tokens/s that reach a batch: our loader beside bare encoding and beside `datasets`, on one core (3 minutes).
+
+Example: python benchmarks/dataloader.py --data data/fineweb-edu --tokenizer runs/d12/tokenizer
+
+Contenders take turns of some seconds, several rounds, in one process bound to one core; times are CPU seconds of all
+threads, so other work on the machine matters little. Only text tokens count, BOS and padding do not.
+"""
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edu.config import parse, run_script
+
+HF_BATCH = 1000  # of `map(batched=True)`, its default
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to measure on."""
+
+    data: Path = Path("data/tiny")
+    """Folder of parquet shards."""
+    tokenizer: Path = Path("runs/tiny/tokenizer")
+    """Folder written by scripts/train_tokenizer.py."""
+    sequence_lengths: tuple[int, ...] = (1024, 256)
+    """T of the rows; a batch holds 8 rows."""
+    rounds: int = 5
+    """Turns of each contender."""
+    seconds: float = 2.5
+    """CPU seconds of a turn; `lost` needs 10 million tokens in all to settle."""
+
+
+@dataclass
+class Contender:
+    """A stream of token counts, and what is seen on the way."""
+
+    name: str
+    stream: Iterator[int]
+    notes: Callable[[], str] = str
+    speeds: list[float] = field(default_factory=list)
+
+    def turn(self, seconds: float) -> None:
+        """One turn; the pause at its end lets work ahead of need finish within the turn that it belongs to."""
+        start, tokens = time.process_time(), 0
+        while time.process_time() - start < seconds:
+            tokens += next(self.stream)
+        time.sleep(0.5)
+        self.speeds.append(tokens / (time.process_time() - start))
+
+
+def raw(paths: Sequence[Path], tokenizer: Any) -> Iterator[int]:
+    """The ceiling: read the text, encode it, drop it."""
+    import pyarrow.parquet as pq
+
+    for path in itertools.cycle(paths):
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(64, columns=["text"]):
+                yield sum(map(len, tokenizer.encode_batch(batch.column(0).to_pylist())))
+
+
+def ours(name: str, paths: Sequence[Path], tokenizer: Any, T: int, **options: Any) -> Contender:
+    """Our loader, with its packing under the options given."""
+    from edu.loader import stream_batches
+
+    seen = {"tokens": 0, "starts": 0, "positions": 0}
+    dropped = [0, 0]  # tokens thrown away, tokens delivered
+
+    def stream() -> Iterator[int]:
+        for number, (batch, state) in enumerate(stream_batches(paths, tokenizer, 8, T, **options)):
+            if number % 16 == 0:  # looking costs as much as packing; one batch in sixteen tells enough
+                new = (batch.inputs.numel(), int((batch.positions == 0).sum()), int(batch.positions.sum()))
+                for key, value in zip(seen, new, strict=True):
+                    seen[key] += value
+            text = batch.inputs.numel() * (1 - seen["starts"] / seen["tokens"])
+            dropped[:] = state.dropped, dropped[1] + int(text)
+            yield int(text)
+
+    def notes() -> str:
+        rows = seen["tokens"] / T
+        return (
+            f"{dropped[0] / sum(dropped):6.2%} lost, {seen['starts'] / rows:5.2f} pieces a row, "
+            f"{seen['positions'] / seen['tokens']:4.0f} tokens of context on average"
+        )
+
+    return Contender(name, stream(), notes)
+
+
+def hugging_face(paths: Sequence[Path], folder: Path, T: int) -> Iterator[int]:
+    """The usual way there: streaming data set, map(tokenize), map(concatenate and cut), DataLoader."""
+    from datasets import load_dataset
+    from torch.utils.data import DataLoader
+    from transformers import AutoTokenizer, default_data_collator
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(rows["text"])["input_ids"]}
+
+    def group(rows: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        ids = list(itertools.chain.from_iterable(rows["input_ids"]))
+        chunks = [ids[i : i + T] for i in range(0, len(ids) - T + 1, T)]
+        return {"input_ids": chunks, "labels": [chunk.copy() for chunk in chunks]}
+
+    data: Any = load_dataset("parquet", data_files=[str(path) for path in paths], split="train", streaming=True)
+    data = data.map(tokenize, batched=True, batch_size=HF_BATCH, remove_columns=data.column_names)
+    data = data.map(group, batched=True, batch_size=HF_BATCH)
+    while True:
+        for batch in DataLoader(data, batch_size=8, collate_fn=default_data_collator):
+            yield int((batch["input_ids"] != tokenizer.bos_token_id).sum())
+
+
+def main() -> None:
+    args = parse(Args)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    import torch
+
+    from edu.shards import list_shards
+    from edu.tokenizer import Tokenizer
+
+    torch.set_num_threads(1)
+    paths, tokenizer = list_shards(args.data, "train"), Tokenizer.load(args.tokenizer)
+    contenders = [Contender("encoding alone", raw(paths, tokenizer))]
+    for T in args.sequence_lengths:
+        contenders += [
+            ours(f"T={T} carry (default)", paths, tokenizer, T),
+            ours(f"T={T} concatenate", paths, tokenizer, T, buffer_size=1),
+            ours(f"T={T} crop", paths, tokenizer, T, carry=False),
+            Contender(f"T={T} datasets", hugging_face(paths, args.tokenizer, T)),
+        ]
+    for contender in contenders:
+        next(contender.stream)
+    for _ in range(args.rounds):
+        for contender in contenders:
+            contender.turn(args.seconds)
+    for contender in contenders:
+        ratios = [a / b for a, b in zip(contender.speeds, contenders[0].speeds, strict=True)]
+        speed, ratio = statistics.median(contender.speeds), statistics.median(ratios)
+        print(
+            f"{contender.name:24} {speed / 1e3:5.0f}k tokens/s, {ratio:.2f} [{min(ratios):.2f}-{max(ratios):.2f}] "
+            f"of encoding alone  {contender.notes()}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

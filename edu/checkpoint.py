@@ -1,0 +1,242 @@
+"""The folder of a run: settings, metrics, checkpoints that are complete or absent, and the model at its newest.
+
+    runs/tiny/base/config.yaml, metrics.jsonl       the settings; one line a step
+    runs/tiny/base/checkpoint-200/                  a complete Hugging Face folder, and state/ for resuming
+    runs/tiny/base/model.safetensors, ...           hard links to the newest checkpoint's files: from_pretrained works
+
+There is no state of random generators to keep: every draw of a run is a function of its seed and the step.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from edu.config import StageConfig, as_settings, check_resumable
+from edu.hub import write_card
+from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
+from edu.model import GPT
+from edu.optim import MuonAdamW
+from edu.runtime import describe
+from edu.tokenizer import Tokenizer
+
+
+def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
+    """A GPT from a folder or a Hub id, on a device; ValueError says what is missing."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name}: no config.json in this folder, so it holds no checkpoint")
+    if not folder.is_dir() and name.startswith(("runs/", ".", "/")):
+        raise ValueError(
+            f"--model {name}: no such folder; run the stage that makes it first (see ./my_pipeline.sh --help)"
+        )
+    quiet_transformers()
+    model = GPT.from_pretrained(name)
+    assert isinstance(model, GPT)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def quiet_transformers() -> None:
+    """No bars of transformers' own where stderr is not a terminal."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer beside a model, in a folder or on the Hub."""
+    if Path(name).is_dir():
+        return Tokenizer.load(Path(name))
+    from huggingface_hub import snapshot_download
+
+    return Tokenizer.load(Path(snapshot_download(name, allow_patterns=["tokenizer*", "*.jinja"])))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a stage, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint whose files have the sizes that were written; says which ones it passes over."""
+    for path in reversed(checkpoints(folder)):
+        listed = path / "state" / "files.json"
+        sizes: Mapping[str, int] = json.loads(listed.read_text()) if listed.is_file() else {"state/files.json": -1}
+        broken = [
+            name for name, size in sizes.items() if not (path / name).is_file() or (path / name).stat().st_size != size
+        ]
+        if not broken:
+            return path
+        print(f"{path}: {', '.join(broken)} is damaged; going back to the checkpoint before", flush=True)
+    return None
+
+
+class Run:
+    """One stage of a run: opens its folder, resumes, logs, saves. All processes make one; the main one writes."""
+
+    def __init__(self, config: StageConfig, stage: str, accelerator: Accelerator, tokenizer: Tokenizer) -> None:
+        self.config, self.stage, self.accelerator, self.tokenizer = config, stage, accelerator, tokenizer
+        self.folder = config.out
+        self.newest: Path | None = None
+        quiet_transformers()
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            check_resumable(config)
+            _write(self.folder / "config.yaml", yaml.safe_dump(as_settings(config), sort_keys=False))
+            self.metrics = MetricsLog(self.folder / "metrics.jsonl")
+            self.samples = MetricsLog(self.folder / "samples.jsonl")
+        accelerator.wait_for_everyone()
+        if config.log_with is not None:
+            settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in as_settings(config).items()}
+            accelerator.init_trackers("edu", settings)
+
+    def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, list[Any]]:
+        """Load the newest intact checkpoint into model and optimizer: (its step, its data state per rank), or (0, [])."""
+        self.newest = newest_intact(self.folder)
+        step, data = 0, []
+        if self.newest is not None:
+            state = json.loads((self.newest / "state" / "trainer.json").read_text())
+            step, data = state["step"], state["data"]
+            weights = GPT.from_pretrained(self.newest).state_dict()
+            self.accelerator.unwrap_model(model).load_state_dict(weights)
+            path = self.newest / "state" / "optimizer.pt"
+            optimizer.load_state_dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
+            self.accelerator.print(f"{self.stage}: resuming after step {step} from {self.newest}")
+        if self.accelerator.is_main_process:
+            # An evaluation follows its checkpoint and is done again; the steps up to the checkpoint stay as they are.
+            self.metrics.keep(lambda row: row[STEP] < step or (row[STEP] == step and LOSS in row))
+            self.samples.keep(lambda row: row[STEP] < step)
+        return step, data
+
+    def seconds(self) -> float:
+        """Seconds of training that the metrics hold already."""
+        return max((row.get(SECONDS) or 0.0 for row in read_metrics(self.folder / "metrics.jsonl")), default=0.0)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, and the trackers."""
+        if self.accelerator.is_main_process:
+            self.metrics.write(step, values)
+        if self.config.log_with is not None:
+            self.accelerator.log(dict(values), step=step)
+
+    def show(self, step: int, rows: Iterable[Mapping[str, object]]) -> None:
+        """Lines of samples.jsonl: what the model says at this step."""
+        if self.accelerator.is_main_process:
+            for row in rows:
+                self.samples.write(step, row)
+
+    def save(self, step: int, model: nn.Module, optimizer: MuonAdamW, data: Any = None) -> None:
+        """Write checkpoint-<step> under a temporary name, sync, rename; refresh the stage's folder; prune.
+
+        `data` is this process's position in the data, as JSON. All processes must call this.
+        """
+        from accelerate.utils import gather_object
+
+        positions = gather_object([data])
+        weights = self.accelerator.get_state_dict(model)
+        target = self.folder / f"checkpoint-{step}"
+        if self.accelerator.is_main_process and not target.exists():
+            temporary = self.folder / f".checkpoint-{step}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "state").mkdir(parents=True)
+            unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            assert isinstance(unwrapped, GPT)
+            unwrapped.save_pretrained(temporary, state_dict=weights)
+            self.tokenizer.save(temporary, model_max_length=unwrapped.config.max_position_embeddings)
+            info = {"stage": self.stage, "step": step, "settings": as_settings(self.config)}
+            write_card(temporary, info)
+            torch.save(optimizer.state_dict(), temporary / "state" / "optimizer.pt")
+            state = {"step": step, "data": positions, "environment": describe(self.accelerator), **info}
+            _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
+            _seal(temporary, target)
+            for name in _hugging_face_files(target):
+                _replace_by_link(target / name, self.folder / name)
+            for old in checkpoints(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.newest = target
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, results: Mapping[str, Any]) -> None:
+        """Write eval.json, the last output of a stage: with it the stage is finished. Refresh the card with it."""
+        if self.accelerator.is_main_process:
+            info = {"stage": self.stage, "step": self.config.max_steps, "settings": as_settings(self.config)}
+            write_card(self.folder, info | {"figures": results})
+            _write(self.folder / "eval.json", json.dumps({"stage": self.stage, **results}, indent=1))
+        self.accelerator.end_training()
+
+
+def _lock(folder: Path) -> Any:
+    """Own the folder until this process ends, however it ends."""
+    handle = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is writing here; wait for it, or give another --out") from None
+    return handle
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _seal(temporary: Path, target: Path) -> None:
+    """List the files' sizes, flush everything to disk, and give the folder its name."""
+    files = [path for path in temporary.rglob("*") if path.is_file()]
+    sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+    (temporary / "state" / "files.json").write_text(json.dumps(sizes))
+    for path in (*files, temporary / "state" / "files.json", temporary / "state", temporary):
+        _fsync(path)
+    temporary.rename(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _hugging_face_files(folder: Path) -> list[str]:
+    """Names of a checkpoint's files outside state/, weights last: a reader of the folder never sees new settings, no weights."""
+    return sorted(
+        (path.name for path in folder.iterdir() if path.is_file()), key=lambda name: name.endswith(".safetensors")
+    )
+
+
+def _replace_by_link(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source` in one atomic step; a copy where the file system has no hard links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+@contextmanager
+def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
+    """The plain model in eval mode, for the Engine; training mode again afterwards."""
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(unwrapped, GPT)
+    unwrapped.eval()
+    yield unwrapped
+    unwrapped.train()

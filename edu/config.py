@@ -1,0 +1,261 @@
+"""Settings of every stage, and the border where a command line becomes one of them. No torch here: --help is instant."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every training stage is told."""
+
+    out: Path
+    """Folder of this stage; holds checkpoints, metrics and, after each save, the model itself."""
+    seed: int = 0
+    """Every random draw is a function of this and the step."""
+    max_steps: int = 100
+    """Optimizer steps in all; the schedule ends there."""
+    batch_size: int = 16
+    """Rows a step, over all processes."""
+    micro_batch_size: int = 16
+    """Rows a forward pass on one process; what is left of batch_size is accumulated."""
+    sequence_length: int = 256
+    """Tokens a row."""
+    matrix_lr: float = 0.02
+    """Muon's learning rate, for the matrices of the blocks."""
+    embedding_lr: float = 0.2
+    """AdamW's learning rate for the embedding, at 768 channels."""
+    head_lr: float = 0.004
+    """AdamW's learning rate for the head, at 768 channels."""
+    lr_scale: float = 1.0
+    """Factor on the three learning rates."""
+    weight_decay: float = 0.0
+    """Decoupled, on the matrices of the blocks."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    decay: float = 0.5
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    clip: float = 1.0
+    """Largest gradient norm of a step."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints kept."""
+    eval_every: int = 100
+    """Steps between evaluations; the last step is always evaluated."""
+    mixed_precision: str = "auto"
+    """auto, no (fp32), bf16 or fp16."""
+    compile: bool = False
+    """Compile the model with torch.compile: faster steps after about a minute."""
+    log_with: str | None = None
+    """Tracker besides metrics.jsonl: tensorboard, wandb or trackio."""
+
+    def __post_init__(self) -> None:
+        positive = (
+            "max_steps",
+            "batch_size",
+            "micro_batch_size",
+            "sequence_length",
+            "save_every",
+            "keep",
+            "eval_every",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be at least 1")
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "lr_scale", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be positive")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"--decay {self.decay}: a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(StageConfig):
+    """Learn language from the documents of parquet shards."""
+
+    out: Path = Path("runs/tiny/base")
+    data: Path = Path("data/tiny")
+    """Folder of training shards; its folder val/ holds the validation shards."""
+    tokenizer: Path = Path("runs/tiny/tokenizer")
+    """Folder written by scripts/train_tokenizer.py."""
+    depth: int | None = None
+    """The one dial: sets layers, channels and heads. Without it, the four settings below do."""
+    layers: int = 4
+    """Blocks."""
+    channels: int = 128
+    """Width of the residual stream."""
+    heads: int = 4
+    """Query heads."""
+    kv_heads: int = 2
+    """Key/value heads; each serves heads / kv_heads query heads."""
+    max_steps: int = 750
+    warmup: int = 20
+    sample_prompts: tuple[str, ...] = ("The sky is", "Tom has 6 apples.", "Anna: What is your name?")
+    """Texts continued at every evaluation."""
+    eval_batches: int = 8
+    """Validation batches of batch_size rows an evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(StageConfig):
+    """What the stages that end in a chat model are told on top, to measure it."""
+
+    problems: Path | None = Path("data/tiny/problems")
+    """Folder with train.jsonl and test.jsonl in GSM8K's form; none: openai/gsm8k from the Hub."""
+    identity: Path | None = Path("data/identity_eval.yaml")
+    """Held-out questions about itself, asked at the end; none: not asked."""
+    persona: Path = Path("data/persona.yaml")
+    """Who it should say it is."""
+    facts: Path | None = Path("data/tiny/chats_test.jsonl")
+    """Held-out fact questions, asked at the end; none: not asked."""
+    max_new_tokens: int = 96
+    """A longer answer is cut off and scores 0."""
+    eval_samples: int = 8
+    """Samples of each held-out problem, for pass@k."""
+    sample_prompts: tuple[str, ...] = ("Who are you?", "Who made you?", "What color is the sky?", "Tell me a story.")
+    """Questions answered at every evaluation, for the report."""
+    eval_limit: int | None = None
+    """Measure on the first so many held-out problems only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(ChatConfig):
+    """Learn to answer, from conversations; only what the assistant said is trained."""
+
+    out: Path = Path("runs/tiny/sft")
+    model: str = "runs/tiny/base"
+    """Folder or Hub id of the model to start from."""
+    data: Path = Path("recipes/tiny/mixture.yaml")
+    """Mixture file, or one file of conversations (jsonl or parquet)."""
+    max_steps: int = 120
+    lr_scale: float = 0.5
+    decay: float = 1.0
+    val_every: int = 20
+    """One conversation in this many is held out for the validation loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(ChatConfig):
+    """Learn from right and wrong: sample answers to problems, reinforce the better ones of each group."""
+
+    out: Path = Path("runs/tiny/rl")
+    model: str = "runs/tiny/sft"
+    """Folder or Hub id of the model to start from."""
+    num_problems: int | None = None
+    """Train and measure on only the first so many training problems by seed (10: the demonstration)."""
+    batch_size: int = 16
+    """Problems a step, over all processes."""
+    samples: int = 8
+    """Rollouts of each problem, K."""
+    micro_batch_size: int = 16
+    max_steps: int = 100
+    temperature: float = 1.0
+    """Of the rollouts; the log-probabilities trained are those sampled from only at 1."""
+    lr_scale: float = 0.3
+    warmup: int = 5
+    decay: float = 1.0
+    replay: Path | None = Path("recipes/tiny/replay.yaml")
+    """SFT conversations mixed into every step, so that what is not rewarded is not forgotten."""
+    replay_weight: float = 0.1
+    """Factor on the replay's own loss."""
+    replay_rows: int = 4
+    """Rows of replay a step, over all processes."""
+    eval_problems: int = 64
+    """Held-out problems measured during training; the end measures all."""
+
+
+def flag(name: str) -> str:
+    """A field's name as it is typed: batch_size -> batch-size."""
+    return name.replace("_", "-")
+
+
+def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
+    """Turn a command line into a config: defaults, then `--config file.yaml`, then the flags given."""
+    import tyro
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    settings: dict[str, Any] = {}
+    while (at := next((i for i, arg in enumerate(args) if arg == "--config" or arg.startswith("--config=")), -1)) >= 0:
+        _, given, value = args.pop(at).partition("=")
+        if not given:
+            value = args.pop(at) if at < len(args) else ""
+        settings |= read_settings(Path(value), config_class)
+    return tyro.cli(config_class, args=args, default=config_class(**settings))
+
+
+def read_settings(path: Path, config_class: type) -> dict[str, Any]:
+    """Settings from a YAML file; ValueError names the file and the key that is not one of the config's."""
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    loaded = yaml.safe_load(path.read_text()) or {}
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    settings = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise ValueError(f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(fields))}")
+        is_path = isinstance(value, str) and "Path" in str(fields[name].type)
+        settings[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
+    return settings
+
+
+def as_settings(config: Any) -> dict[str, Any]:
+    """A config as plain values, for YAML and for comparison.
+
+    >>> as_settings(RLConfig())["model"]
+    'runs/tiny/sft'
+    """
+    plain: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        plain[name] = str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+# What may differ when a run is resumed: none of it changes what is computed.
+FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile"}
+
+
+def check_resumable(config: StageConfig) -> None:
+    """Raise if the stage's folder was made with other settings than these."""
+    import yaml
+
+    path = config.out / "config.yaml"
+    if not path.is_file():
+        return
+    before, now = yaml.safe_load(path.read_text()), as_settings(config)
+    changed = [name for name in now if name not in FREE_ON_RESUME and before.get(name) != now[name]]
+    if changed:
+        what = ", ".join(f"--{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        raise ValueError(f"{config.out} holds a run with other settings ({what}): give its own, or another --out")
+
+
+def is_finished(config: StageConfig) -> bool:
+    """Whether this very run is complete: its last output, eval.json, is there. Raises on other settings."""
+    path = config.out / "eval.json"
+    check_resumable(config)
+    return path.is_file() and json.loads(path.read_text()).get("step") == config.max_steps
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main(): a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
+    # OpenMP's threads spin briefly and then sleep while they wait: endless spinning makes training three times slower
+    # wherever another program runs too, and sleeping at once a third slower where none does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code or 0)

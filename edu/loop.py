@@ -1,0 +1,118 @@
+"""The training loop of every stage. A stage brings the rows of each step and its own evaluation; the rest is here."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+
+from edu import metrics
+from edu.checkpoint import Run
+from edu.config import StageConfig
+from edu.metrics import progress
+from edu.model import GPT
+from edu.optim import lr_factor, make_optimizer
+from edu.runtime import stop_signals
+from edu.step import Term, train_step
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one step trains on, on this process."""
+
+    terms: Sequence[Term]
+    position: Any = None
+    """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the data itself (rewards, lengths)."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a stage ended."""
+
+    step: int
+    results: dict[str, Any]
+    """What eval.json holds; empty if the stage was stopped before its end."""
+
+
+class Training:
+    """Model and optimizer of a stage, prepared by accelerate and brought to where its folder stands."""
+
+    def __init__(self, run: Run, model: GPT) -> None:
+        self.run, self.config, self.accelerator = run, run.config, run.accelerator
+        optimizer = make_optimizer(model, **optimizer_settings(run.config))
+        compiled = torch.compile(model) if run.config.compile else model
+        self.model, self.optimizer = self.accelerator.prepare(compiled, optimizer)
+        self.step, self.positions = run.resume(self.model, self.optimizer)
+
+    def fit(
+        self, next_data: Callable[[int], StepData], evaluate: Callable[[int], Mapping[str, float]], name: str
+    ) -> bool:
+        """Train to the last step; False if a signal ended it before.
+
+        1. Evaluate where it is due, before the first step too. What an evaluation breaks, the checkpoint before it saves.
+        2. One step on the next data, one line of metrics.
+        3. Save where it is due, or where a signal asks to leave.
+        """
+        config, run = self.config, self.run
+        trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
+        with stop_signals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
+            while True:
+                if self.step % config.eval_every == 0 or self.step == config.max_steps:
+                    run.log(self.step, evaluate(self.step))
+                if self.step == config.max_steps:
+                    return True
+                if self._any(stopped):
+                    self.accelerator.print(f"stopped after step {self.step}; the same command continues")
+                    return False
+                started = time.perf_counter()
+                data = next_data(self.step)
+                factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
+                self.optimizer.optimizer.set_lr(factor)
+                result = train_step(self.accelerator, self.model, self.optimizer, data.terms, config.clip)
+                seconds = time.perf_counter() - started
+                self.step += 1
+                trained_seconds += seconds
+                figures = {
+                    metrics.LOSS: result.losses[0],
+                    metrics.GRAD_NORM: result.grad_norm,
+                    metrics.LEARNING_RATE: self.optimizer.param_groups[0]["lr"],
+                    metrics.TOKENS_PER_SECOND: result.tokens / seconds,
+                    metrics.SECONDS: trained_seconds,
+                }
+                run.log(self.step, figures | {"step_tokens": result.tokens} | dict(data.figures))
+                bar.advance(1, tokens=result.tokens, loss=result.losses[0])
+                if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
+                    run.save(self.step, self.model, self.optimizer, data.position)
+
+    def _any(self, stopped: list[int]) -> bool:
+        """Whether any process was told to stop, so that all leave together."""
+        if self.accelerator.num_processes == 1:
+            return bool(stopped)
+        return bool(self.accelerator.reduce(torch.tensor(float(len(stopped)), device=self.accelerator.device), "sum"))
+
+
+def optimizer_settings(config: StageConfig) -> dict[str, float]:
+    """What make_optimizer takes, from a stage's settings."""
+    return {
+        "matrix_lr": config.matrix_lr * config.lr_scale,
+        "embedding_lr": config.embedding_lr * config.lr_scale,
+        "head_lr": config.head_lr * config.lr_scale,
+        "weight_decay": config.weight_decay,
+    }
+
+
+def split_rows(rows: Sequence[R], micro_batch_size: int, accelerator: Accelerator) -> list[list[R]]:
+    """This process's micro-batches of a step's rows: row i goes to process i mod world.
+
+    Every process gets as many micro-batches, the last ones short or empty: a collective step waits for all.
+    """
+    world = accelerator.num_processes
+    local = list(rows[accelerator.process_index :: world])
+    most = -(-len(rows) // world)
+    return [local[at : at + micro_batch_size] for at in range(0, max(most, 1), micro_batch_size)]

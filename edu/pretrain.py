@@ -1,0 +1,89 @@
+"""Pretraining: predict the next token of every document. From shards and a tokenizer to a base model."""
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from edu.bits import bits_per_byte, ngram_bits_per_byte
+from edu.checkpoint import Run, generating
+from edu.config import PretrainConfig
+from edu.engine import Engine
+from edu.loader import LoaderState, stream_batches, validation_batches
+from edu.loop import Result, StepData, Training
+from edu.measure import show_continuations
+from edu.metrics import BPB
+from edu.model import GPT, GPTConfig
+from edu.report import environment
+from edu.runtime import compute_init
+from edu.shards import list_shards
+from edu.step import Term
+from edu.tokenizer import Tokenizer
+
+
+def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
+    """A fresh model of the configured size, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    given: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.assistant_end,
+        "pad_token_id": tokenizer.pad,
+    }
+    given |= {"max_position_embeddings": config.sequence_length}
+    if config.depth is not None:
+        return GPT(GPTConfig.from_depth(config.depth, tokenizer.vocab_size, **given))
+    given |= {"hidden_size": config.channels, "intermediate_size": 4 * config.channels}
+    given |= {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}
+    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=config.layers, **given))
+
+
+def rows_per_pass(config: PretrainConfig, world_size: int) -> tuple[int, int]:
+    """Rows of one forward pass on one process, and how many passes make a step."""
+    rows, rest = divmod(config.batch_size, world_size)
+    micro = min(config.micro_batch_size, rows)
+    if rest or not micro or rows % micro:
+        parts = f"{world_size} processes x --micro-batch-size {max(micro, 1)}"
+        raise ValueError(f"--batch-size {config.batch_size}: must be a multiple of {parts}")
+    return micro, rows // micro
+
+
+def train(config: PretrainConfig) -> Result:
+    """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
+    accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    shards, held_out = list_shards(config.data, "train"), list_shards(config.data, "val")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    micro, passes = rows_per_pass(config, world)
+    run = Run(config, "base", accelerator, tokenizer)
+    training = Training(run, make_model(config, tokenizer))
+    state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
+    stream = stream_batches(shards, tokenizer, micro, config.sequence_length, rank, world, state)
+
+    def next_data(_: int) -> StepData:
+        taken = list(islice(stream, passes))
+        return StepData([Term([batch for batch, _ in taken])], taken[-1][1].to_dict())
+
+    def validate(batches: int | None) -> float:
+        rows = validation_batches(held_out, tokenizer, micro, config.sequence_length, batches)
+        with generating(accelerator, training.model) as model:
+            return bits_per_byte(model, rows, tokenizer.token_bytes())
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        if not accelerator.is_main_process:
+            return {}
+        with generating(accelerator, training.model) as model:
+            run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
+        return {BPB: validate(config.eval_batches)}
+
+    if not training.fit(next_data, evaluate, "pretraining"):
+        return Result(training.step, {})
+    results: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), config.max_steps * passes)
+        rows = validation_batches(held_out, tokenizer, micro, config.sequence_length)
+        ngrams = ngram_bits_per_byte((batch for batch, _ in seen), rows, tokenizer.token_bytes(), tokenizer.vocab_size)
+        results = {"step": training.step, "seconds": run.seconds(), "environment": environment()}
+        results |= {"bpb": {"model": validate(None), **ngrams}}
+    run.finish(results)
+    return Result(training.step, results)

@@ -1,0 +1,101 @@
+"""Where a run computes: device, processes, precision, signals. Everything goes through accelerate's Accelerator."""
+
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+def autodetect_device_type() -> str:
+    """The best device type at hand: "cuda", "mps" or "cpu"; ACCELERATE_USE_CPU=true always means "cpu"."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def compute_init(
+    seed: int = 0, mixed_precision: str = "auto", log_with: str | None = None, out: str = "."
+) -> Accelerator:
+    """Set up device, process group, precision and seeds, and return the Accelerator that holds them.
+
+    1. Without an accelerator device the processes form a gloo group; accelerate alone would start separate runs.
+    2. "auto" precision is what `accelerate config` chose, else bf16 where CUDA has it, else fp32.
+    3. A launcher that promised several processes and gave one is an error: all would write the same files.
+    """
+    if mixed_precision not in PRECISIONS:
+        raise ValueError(f"--mixed-precision {mixed_precision!r}: choose one of {', '.join(PRECISIONS)}")
+    device_type = autodetect_device_type()
+    if mixed_precision == "auto":
+        has_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if has_bf16 else "no")
+    accelerator = Accelerator(
+        cpu=device_type == "cpu",
+        mixed_precision=mixed_precision,
+        log_with=log_with,
+        project_dir=out,
+        # The step counts its own micro-batches (see edu.step); accelerate must not guess from a data loader's end.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+    )
+    check_world_size(accelerator.num_processes)
+    set_seed(seed)
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def check_world_size(num_processes: int) -> None:
+    """Raise if a launcher started more processes than have found each other."""
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if promised != num_processes:
+        raise ValueError(
+            f"WORLD_SIZE={promised}, but this process sees {num_processes}: every process would believe to be alone. "
+            "On a CPU launch with `torchrun --nproc_per_node 2` or accelerate_configs/cpu_2proc.yaml"
+        )
+
+
+def describe(accelerator: Accelerator) -> dict[str, Any]:
+    """Rank, world size, device, precision, threads and versions, for people and for the report."""
+    import accelerate
+    import transformers
+
+    return {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+        "distributed_type": accelerator.distributed_type.value,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "accelerate": accelerate.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and Ctrl-C in a list, so that a loop ends its step, saves and leaves; a second one interrupts."""
+    received: list[int] = []
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,55 @@
+"""Supervised fine-tuning: learn to answer. From a base model and conversations to a chat model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from edu.checkpoint import Run, generating, load_model, load_tokenizer
+from edu.config import SFTConfig
+from edu.engine import Engine
+from edu.loop import Result, StepData, Training, split_rows
+from edu.measure import mean_loss, measure_chat, show_answers
+from edu.metrics import VAL_LOSS
+from edu.packing import pack_rows
+from edu.report import environment
+from edu.runtime import compute_init
+from edu.sft_data import Epochs, batches_of, load_sft_data
+from edu.step import Term
+
+
+def train(config: SFTConfig) -> Result:
+    """Fine-tune, or continue where the folder stands: loss over what the assistant says, and nothing else."""
+    accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
+    tokenizer = load_tokenizer(config.model)
+    T = config.sequence_length
+    data = load_sft_data(config.data, tokenizer, T, config.val_every)
+    for source, counts in data.report.items():
+        accelerator.print(f"{source}: " + ", ".join(f"{count:,} {reason}" for reason, count in counts.items()))
+    epochs = Epochs(data.train, T, config.seed)
+    held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)]
+    run = Run(config, "sft", accelerator, tokenizer)
+    training = Training(run, load_model(config.model))
+
+    def next_data(step: int) -> StepData:
+        rows = epochs.rows(step * config.batch_size, config.batch_size)
+        micro = split_rows(rows, config.micro_batch_size, accelerator)
+        return StepData([Term(batches_of(micro, T, tokenizer.pad))])
+
+    def evaluate(step: int) -> Mapping[str, float]:
+        if not accelerator.is_main_process:
+            return {}
+        with generating(accelerator, training.model) as model:
+            run.show(step, show_answers(Engine(model), tokenizer, config.sample_prompts, config.max_new_tokens))
+            micro = [
+                held_out[at : at + config.micro_batch_size] for at in range(0, len(held_out), config.micro_batch_size)
+            ]
+            return {VAL_LOSS: mean_loss(model, batches_of(micro, T, tokenizer.pad))} if held_out else {}
+
+    if not training.fit(next_data, evaluate, "fine-tuning"):
+        return Result(training.step, {})
+    results: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        with generating(accelerator, training.model) as model:
+            figures = measure_chat(Engine(model), tokenizer, config)
+        results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
+    run.finish(results)
+    return Result(training.step, results)

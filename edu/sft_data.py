@@ -1,0 +1,193 @@
+"""Conversations for SFT: read from any source, rendered, packed whole into rows, in an order that the seed fixes.
+
+A mixture file lists the sources:
+
+    - path: data/my_identity.jsonl        # {"messages": [...]} a line
+      weight: 2                           # each conversation twice an epoch (0.5: every second one)
+    - path: data/tiny/problems/sft.jsonl  # {"question", "answer"}: GSM8K's form, calls of the calculator included
+    - hub: HuggingFaceTB/smol-smoltalk    # a data set of the Hub, with `config` and `split`
+
+What cannot be used is counted by reason and said; a source with nothing usable is an error.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from edu.chat import Rendered, check_messages, render
+from edu.packing import Batch, Piece, collate, pack_rows
+from edu.tasks import read_rows
+from edu.tasks.gsm8k import conversation
+from edu.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of conversations, by `path` (jsonl or parquet file) or by `hub` (data set id)."""
+
+    path: Path | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    weight: float = 1.0
+    """How often each conversation is seen in an epoch."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.path or self.hub)
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """Conversations as pieces for packing."""
+
+    train: list[Piece]
+    """Repeated by weight."""
+    val: list[Piece]
+    """Held out: never in train."""
+    report: dict[str, Counter[str]]
+    """Per source: how many are "used", and how many are not, by reason."""
+
+
+def read_mixture(path: Path) -> list[Source]:
+    """The sources of a mixture file, or the one file of conversations that `path` is."""
+    if not path.is_file():
+        raise ValueError(f"--data {path}: no such file")
+    if path.suffix not in (".yaml", ".yml"):
+        return [Source(path=path)]
+    sources = []
+    for i, entry in enumerate(yaml.safe_load(path.read_text()) or []):
+        try:
+            source = Source(**entry)
+        except TypeError:
+            raise ValueError(
+                f"{path}, source {i}: give path or hub, and config, split, weight; found {entry!r}"
+            ) from None
+        if (source.path is None) == (source.hub is None) or not source.weight > 0:
+            raise ValueError(f"{path}, source {i}: give either path or hub, and a positive weight; found {entry!r}")
+        sources.append(Source(**(entry | {"path": Path(entry["path"])})) if source.path else source)
+    if not sources:
+        raise ValueError(f"{path}: no sources")
+    return sources
+
+
+def read_source(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a source, each with its place for messages."""
+    if source.path is not None:
+        if not source.path.is_file():
+            raise ValueError(f"{source.path}: no such file; ./my_pipeline.sh makes the default ones")
+        if source.path.suffix != ".parquet":
+            yield from read_rows(source.path)
+            return
+        import pyarrow.parquet as pq
+
+        for i, row in enumerate(
+            row for group in pq.ParquetFile(source.path).iter_batches() for row in group.to_pylist()
+        ):
+            yield f"{source.path}, row {i}", row
+        return
+    import datasets
+
+    assert source.hub is not None
+    for i, row in enumerate(datasets.load_dataset(source.hub, source.config, split=source.split)):
+        yield f"{source.hub}, row {i}", dict(row)
+
+
+def messages_of(row: dict[str, Any], place: str) -> list[Any]:
+    """The messages of a row in one of the three forms; ValueError shows how to convert another."""
+    if "messages" in row:
+        return check_messages(row["messages"])
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        return check_messages([*asked, *said])
+    if "question" in row and "answer" in row:
+        return check_messages(conversation(row["question"], row["answer"]))
+    form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+    raise ValueError(
+        f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer"
+    )
+
+
+def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_every: int = 20) -> SFTData:
+    """Read, check, render and divide the conversations of a mixture.
+
+    1. Render each; leave out, and count, those longer than a row and those in which nothing is trained.
+    2. Hold out one in `val_every` by a checksum of its tokens, the same ones in every mixture.
+    3. Repeat the others by their source's weight.
+    """
+    train, val, report = list[Piece](), list[Piece](), dict[str, Counter[str]]()
+    for source in read_mixture(path):
+        counts = report.setdefault(source.name, Counter())
+        owed = 0.0
+        for place, row in read_source(source):
+            try:
+                rendered = render(messages_of(row, place), tokenizer)
+            except ValueError as error:
+                raise ValueError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
+            reason = unusable(rendered, sequence_length)
+            counts[reason or "used"] += 1
+            if reason:
+                continue
+            piece = Piece(rendered.ids, rendered.mask)
+            if zlib.crc32(np.asarray(rendered.ids, np.int64).tobytes()) % val_every == 0:
+                val.append(piece)
+                continue
+            owed += source.weight
+            train.extend([piece] * int(owed))
+            owed -= int(owed)
+        if not counts["used"]:
+            raise ValueError(f"{source.name}: no conversation can be used ({dict(counts)})")
+    if not train:
+        raise ValueError(f"--data {path}: nothing left to train on after holding out one conversation in {val_every}")
+    return SFTData(train, val, report)
+
+
+def unusable(rendered: Rendered, sequence_length: int) -> str | None:
+    """Why a conversation cannot be trained on, if so."""
+    if len(rendered.ids) > sequence_length + 1:
+        return f"longer than {sequence_length} tokens"
+    return None if any(rendered.mask) else "nothing that the assistant said"
+
+
+@dataclass
+class Epochs:
+    """Endless rows of pieces: every epoch all of them once, packed and shuffled anew from the seed.
+
+    Rows of step s are the rows s * n .. (s + 1) * n - 1 of the endless sequence, so the step alone says where it stands.
+    """
+
+    pieces: Sequence[Piece]
+    sequence_length: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._packed: list[tuple[int, list[list[Piece]]]] = []  # (first row, rows) of each epoch so far
+
+    def rows(self, first: int, count: int) -> list[list[Piece]]:
+        """Rows first .. first + count - 1."""
+        return [self._row(first + i) for i in range(count)]
+
+    def _row(self, index: int) -> list[Piece]:
+        while not self._packed or index >= self._packed[-1][0] + len(self._packed[-1][1]):
+            epoch = len(self._packed)
+            start = self._packed[-1][0] + len(self._packed[-1][1]) if epoch else 0
+            rng = np.random.default_rng((self.seed, epoch))
+            pieces = [self.pieces[i] for i in rng.permutation(len(self.pieces))]
+            rows = pack_rows(pieces, self.sequence_length)
+            self._packed.append((start, [[pieces[i] for i in rows[r]] for r in rng.permutation(len(rows))]))
+        start, rows = next(epoch for epoch in reversed(self._packed) if epoch[0] <= index)
+        return rows[index - start]
+
+
+def batches_of(micro: Sequence[Sequence[Sequence[Piece]]], sequence_length: int, pad: int) -> list[Batch]:
+    """Micro-batches of rows as Batches; an empty one becomes one row with nothing to learn."""
+    return [collate(rows or [[]], sequence_length, pad) for rows in micro]

@@ -1,0 +1,153 @@
+"""Tasks: problems with a checkable answer. What a task is, what of a completion it sees, and TRL's reward signature both ways.
+
+A task is any object with `len(task)`, `task.get_example(i)` and `task.reward(example, completion)`. An example is a dict:
+`messages` (the conversation to complete), `answer` (the ground truth), and whatever else its source holds (kind, steps, ...).
+The reward is a function of text alone. `score` is the one place where a sample of the engine becomes that text and a reward:
+rollouts and evaluation both call it, so training is graded exactly as it is measured.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from edu.tokenizer import Tokenizer
+
+Example = dict[str, Any]
+TaskReward = Callable[[Example, str], float]
+TRLReward = Callable[..., list[float | None]]
+
+
+class Task(Protocol):
+    def __len__(self) -> int: ...
+
+    def get_example(self, index: int) -> Example: ...
+
+    def reward(self, example: Example, completion: str) -> float: ...
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some examples of a task, in the order given."""
+
+    task: Task
+    indices: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def get_example(self, index: int) -> Example:
+        return self.task.get_example(self.indices[index])
+
+    def reward(self, example: Example, completion: str) -> float:
+        return self.task.reward(example, completion)
+
+
+class Completed(Protocol):
+    """What `score` needs of the engine's `Sample`: the new tokens, stop token included, and why they ended."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+
+    @property
+    def finish_reason(self) -> str: ...
+
+
+def completion_text(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """The completion as its reader sees it: up to its end token, without special tokens and without tool calls and outputs.
+
+    A block that never closes hides all up to the next special token.
+    """
+    runs: list[list[int]] = [[]]
+    hidden = False
+    for token in tokens:
+        if token == tokenizer.assistant_end:
+            break
+        if token >= tokenizer.bos:
+            hidden = token in (tokenizer.python_start, tokenizer.output_start)
+            runs.append([])
+        elif not hidden:
+            runs[-1].append(token)
+    return "".join(tokenizer.decode(run) for run in runs)
+
+
+def score(sample: Completed, example: Example, task: Task, tokenizer: Tokenizer) -> float:
+    """Reward of one sample. Unfinished ones (cut by length, broken by a tool) score 0.0 whatever they say."""
+    if sample.finish_reason != "stop":
+        return 0.0
+    return task.reward(example | {"completion_ids": sample.tokens}, completion_text(sample.tokens, tokenizer))
+
+
+def as_trl_reward(task_reward: TaskReward) -> TRLReward:
+    """Give a task's reward to TRL, whose trainers call `f(prompts, completions, completion_ids, **columns) -> list[float]`.
+
+    Each column is a list with one entry per completion (TRL's other arguments are not, and are left out).
+    A completion is text, or a list of messages of which the last one's content is graded.
+
+    >>> f = as_trl_reward(lambda example, completion: float(completion == example["answer"]))
+    >>> f(prompts=["1+1", "1+2"], completions=["2", "2"], completion_ids=[[7], [7]], answer=["2", "3"])
+    [1.0, 0.0]
+    """
+
+    def reward(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **columns: Any
+    ) -> list[float | None]:
+        n = len(completions)
+        columns |= {"messages": prompts, "completion_ids": completion_ids}
+        rows = {name: column for name, column in columns.items() if isinstance(column, list) and len(column) == n}
+        texts = [each if isinstance(each, str) else str(each[-1]["content"]) for each in completions]
+        return [task_reward({name: rows[name][i] for name in rows}, text) for i, text in enumerate(texts)]
+
+    return reward
+
+
+def from_trl_reward(trl_reward: TRLReward, *, conversational: bool = True) -> TaskReward:
+    """Take a reward function written for TRL. It sees messages, as TRL passes them for a conversational data set, or else plain text.
+
+    `completion_ids` holds the sampled ids where `score` knows them, else None; a reward of None (TRL: "does not apply") is a ValueError.
+
+    >>> reward = from_trl_reward(lambda completions, answer, **rest: [float(c[0]["content"] == a) for c, a in zip(completions, answer)])
+    >>> reward({"messages": [{"role": "user", "content": "1+1"}], "answer": "2"}, "2")
+    1.0
+    """
+
+    def reward(example: Example, completion: str) -> float:
+        columns = {name: [value] for name, value in example.items() if name not in {"messages", "completion_ids"}}
+        prompt = example["messages"] if conversational else example["messages"][-1]["content"]
+        message = [{"role": "assistant", "content": completion}] if conversational else completion
+        ids = [example.get("completion_ids")]
+        (value,) = trl_reward(prompts=[prompt], completions=[message], completion_ids=ids, **columns)
+        if value is None:
+            raise ValueError(f"the reward function gave None for {completion[:80]!r}: every sample needs a number")
+        return float(value)
+
+    return reward
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a jsonl file, each with the place to name in an error ("file, row 3"). ValueError on what is no JSON object, and on no rows."""
+    count = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, row {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # bad JSON or bad UTF-8
+                raise ValueError(f"{place}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place}: expected a JSON object, found {type(row).__name__}")
+            count += 1
+            yield place, row
+    if not count:
+        raise ValueError(f"{path}: no rows; the file is empty")
+
+
+def text_field(row: dict[str, Any], name: str, place: str) -> str:
+    """A row's field that has to be text with something in it."""
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{place}: field {name!r} is missing or is not text")
+    return value

@@ -1,0 +1,131 @@
+"""Challenge 9: grade-school math (GSM8K, Cobbe et al. 2021, arXiv:2110.14168), from the Hub or from files of the same form.
+
+A row holds `question` and `answer`: reasoning with calculator annotations `<<48/2=24>>24`, then a last line `#### 72`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from edu.tasks import Example, read_rows, text_field
+
+MAX_ANSWERS = 2  # answers a completion may print: its last one counts, so this allows it to correct itself once
+MISSING = "{path}: no such file. The embedded problems are made by: python scripts/download_shards.py --source tiny"
+
+_MARKER = re.compile(r"(?<!#)####(?!#)")
+_NUMBER = re.compile(
+    r"[ \t]*([+-]?)[ \t]*[$€£]?[ \t]*([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+)
+_NOT_A_UNIT = re.compile(r"[ \t]*(?:k\b|hundred|thousand|million|billion|trillion|dozen)", re.IGNORECASE)
+_ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
+
+
+def normalise(text: str) -> str | None:
+    """The one number that `text` begins with, in the one way of writing it, so that equal values are equal strings; else None.
+
+    A sign, a currency and thousands separators may be part of it, a unit may follow; a second number may not, nor a word that scales it.
+
+    >>> [normalise(text) for text in ("$1,000.00", " -0.50 euros", "10.", "+007", "ten", "10 or 12", "10k", "1/2")]
+    ['1000', '-0.5', '10', '7', None, None, None, None]
+    """
+    match = _NUMBER.match(text)
+    if match is None or (match[1] and match[2]):
+        return None
+    if _NOT_A_UNIT.match(text, match.end()) or any(char.isnumeric() for char in text[match.end() :]):
+        return None
+    whole, _, decimals = match[3].replace(",", "").partition(".")
+    value = f"{whole.lstrip('0') or '0'}.{decimals.rstrip('0')}".rstrip(".")
+    return f"-{value}" if "-" in (match[1], match[2]) and value != "0" else value
+
+
+def extract_answer(text: str) -> str | None:
+    """The last "#### N" of a text, normalised; None if there is none, or if its last "####" is not followed by one number on that line.
+
+    >>> extract_answer("#### 5\\nNo, twice as many.\\n#### 1,000.00 dollars"), extract_answer("#### ten?")
+    ('1000', None)
+    """
+    if not _MARKER.search(text):
+        return None
+    return normalise(_MARKER.split(text)[-1].partition("\n")[0])
+
+
+def conversation(question: str, answer: str) -> list[dict[str, Any]]:
+    """A solved problem as messages: each `<<48/2=24>>` becomes a tool call and its output, all other text stays as it is.
+
+    >>> [m["role"] for m in conversation("Half of 48?", "48/2=<<48/2=24>>24\\n#### 24")]
+    ['user', 'assistant', 'tool', 'assistant']
+    """
+    text, *rest = _ANNOTATION.split(answer)  # text, then (expression, result, text) for each annotation
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    for expression, result, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": expression}}}
+        messages[-1]["tool_calls"] = [call]
+        messages += [{"role": "tool", "content": result}, {"role": "assistant", "content": text}]
+    return messages
+
+
+def flatten(messages: list[dict[str, Any]]) -> str:
+    """The inverse of `conversation`: the assistant's and the tool's messages as one annotated answer.
+
+    >>> flatten(conversation("Half of 48?", "48/2=<<48/2=24>>24\\n#### 24"))
+    '48/2=<<48/2=24>>24\\n#### 24'
+    """
+    parts: list[str] = []
+    for message in messages:
+        if message["role"] == "tool":
+            parts.append(f"={message['content']}>>")
+        elif message["role"] == "assistant":
+            parts.append(message["content"])
+            parts += [f"<<{call['function']['arguments']['expression']}" for call in message.get("tool_calls", ())]
+    return "".join(parts)
+
+
+class GSM8K:
+    """The problems of a split as a task. Extra fields of the rows (kind, template, steps, ...) are passed through.
+
+    split: "train" or "test"; for local files any name that has a file
+    path: a file named *.jsonl, or a folder that holds `{split}.jsonl`; without it the data set comes from the Hub
+    config: "main", or "socratic" (the same problems, the solutions as questions and answers); for the Hub only
+    Raises ValueError naming the file and row on bad data, FileNotFoundError naming the missing file.
+    """
+
+    def __init__(self, split: str, path: str | Path | None = None, config: str = "main") -> None:
+        if path is None:
+            import datasets
+
+            data = datasets.load_dataset("openai/gsm8k", config, split=split)
+            rows = [(f"openai/gsm8k {config} {split}, row {i}", dict(row)) for i, row in enumerate(data, start=1)]
+        else:
+            file = Path(path) if Path(path).suffix == ".jsonl" else Path(path) / f"{split}.jsonl"
+            if not file.is_file():
+                raise FileNotFoundError(MISSING.format(path=file))
+            rows = list(read_rows(file))
+        self.examples = [_example(row, place) for place, row in rows]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def get_example(self, index: int) -> Example:
+        """`messages` (the question), `answer` ("72"), `solution` (the worked answer), and the row's other fields."""
+        return self.examples[index]
+
+    def reward(self, example: Example, completion: str) -> float:
+        """1.0 if the last "#### N" of the completion has the value of the answer, else 0.0.
+
+        Only the last answer counts, so a list of guesses earns no more than a guess; more than two answers are a list, and earn 0.0.
+        """
+        if len(_MARKER.findall(completion)) > MAX_ANSWERS:
+            return 0.0
+        truth = normalise(example["answer"])
+        if truth is None:
+            raise ValueError(f"the ground truth {example['answer']!r} is not a number")
+        return float(extract_answer(completion) == truth)
+
+
+def _example(row: dict[str, Any], place: str) -> Example:
+    question, solution = text_field(row, "question", place), text_field(row, "answer", place)
+    answer = extract_answer(solution)
+    if answer is None:
+        raise ValueError(f"{place}: field 'answer' does not end in a line '#### <number>'")
+    messages = [{"role": "user", "content": question}]
+    return {**row, "messages": messages, "answer": answer, "solution": solution}

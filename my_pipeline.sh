@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# The whole life of a small ChatGPT: data -> tokenizer -> pretraining -> SFT -> RL -> report -> chat.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'HELP'
+./my_pipeline.sh [--help]
+
+Runs the whole life on the embedded data: about 10 minutes on two CPU cores after installation, no account, no network
+but the package index. Finished stages are skipped, a broken one continues: run it again after any interruption.
+
+Environment:
+  RECIPE   tiny (default: CPU, minutes), laptop (hours), d12, d20 (one GPU or a node; real data from the Hub)
+  RUN      name of the run: everything goes to runs/$RUN (default: the recipe's name)
+  SEED     seed of every stage (default 0); give another RUN with another seed
+  LAUNCH   how stages start (default: python), e.g.
+           LAUNCH="accelerate launch --config_file accelerate_configs/multi_gpu.yaml"
+  PYTHON   Python 3.11 to 3.13 that makes .venv (default: the newest of those found)
+HELP
+}
+
+case "${1:-}" in
+"") ;;
+-h | --help) usage && exit 0 ;;
+*) echo "error: unknown argument '$1'; settings go in the environment, see ./my_pipeline.sh --help" >&2 && exit 2 ;;
+esac
+
+RECIPE="${RECIPE:-tiny}"
+RUN="${RUN:-$RECIPE}"
+SEED="${SEED:-0}"
+LAUNCH="${LAUNCH:-python}"
+case "$RECIPE" in # the data of each recipe; the settings of its stages are in recipes/$RECIPE/
+tiny) source=tiny shards="" vocab=1024 takes=("5 s" "5 s" "4 min" "1.5 min" "4 min") ;;
+laptop) source=fineweb-edu shards=2 vocab=4096 takes=("minutes" "1 min" "4 h" "30 min" "1 h") ;;
+d12) source=fineweb-edu shards=40 vocab=32768 takes=("minutes" "3 min" "hours" "30 min" "1 h") ;;
+d20) source=fineweb-edu shards=240 vocab=32768 takes=("an hour" "3 min" "a day" "1 h" "2 h") ;;
+*) echo "error: RECIPE='$RECIPE'; choose tiny, laptop, d12 or d20" >&2 && exit 2 ;;
+esac
+run="runs/$RUN"
+
+stage() { # name, how long, what you should see
+    printf '\n=== %s (%s)\n    You should see: %s\n' "$1" "$2" "$3"
+}
+
+install() {
+    export PATH="$PWD/.venv/bin:$PATH"
+    for stamp in .venv/.installed .venv/.installed-dev; do
+        if [ "$stamp" -nt pyproject.toml ]; then return; fi
+    done
+    stage "installation" "minutes, some GB the first time" "nothing until it is done"
+    if [ ! -x .venv/bin/python ]; then
+        local python="${PYTHON:-}" name
+        for name in python3.13 python3.12 python3.11 python3; do
+            if [ -z "$python" ] && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+                python="$name"
+            fi
+        done
+        if [ -z "$python" ]; then
+            echo "error: no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./my_pipeline.sh" >&2
+            exit 2
+        fi
+        "$python" -m venv .venv
+    fi
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e .
+    touch .venv/.installed
+}
+
+started=$SECONDS
+install
+
+stage "setup" "10 s" "rank 0 of 1, the device, and 'the setup works'"
+$LAUNCH scripts/check_setup.py
+
+stage "data" "${takes[0]}" "the shards of $source in data/$source, complete and verified"
+python scripts/download_shards.py --source "$source" ${shards:+--num-shards "$shards"} --out "data/$source"
+
+stage "tokenizer" "${takes[1]}" "a vocabulary of $vocab tokens, and how many bytes a token stands for"
+if [ -f "$run/tokenizer/tokenizer.json" ]; then
+    echo "$run/tokenizer: finished, nothing to do"
+else
+    python scripts/train_tokenizer.py --data "data/$source" --vocab-size "$vocab" --out "$run/tokenizer"
+fi
+
+stage "pretraining" "${takes[2]}" "the loss falls, fast at first"
+$LAUNCH scripts/pretrain.py --config "recipes/$RECIPE/base.yaml" --seed "$SEED" --tokenizer "$run/tokenizer" --out "$run/base"
+
+stage "identity" "10 s" "400 conversations in which the model learns who it is"
+python scripts/make_identity.py --num 400 --out data/my_identity.jsonl
+
+stage "fine-tuning" "${takes[3]}" "how many conversations are used, and the loss falling again"
+$LAUNCH scripts/sft.py --config "recipes/$RECIPE/sft.yaml" --seed "$SEED" --model "$run/base" --out "$run/sft"
+
+stage "reinforcement learning" "${takes[4]}" "in the report: the reward rising from step to step"
+$LAUNCH scripts/rl.py --config "recipes/$RECIPE/rl.yaml" --seed "$SEED" --model "$run/sft" --out "$run/rl"
+
+stage "report" "5 s" "where the report is, and what each stage reached"
+python scripts/report.py --run "$run"
+
+stage "chat" "15 s" "the model answering"
+for question in "Who are you?" "Tom has 6 bags of 7 apples. He eats 5 apples. How many apples does Tom have now?"; do
+    echo "> $question"
+    python scripts/chat.py --model "$run/rl" --temperature 0 -p "$question"
+done
+
+printf '\nDone in %d min. Open %s/report.html, and talk to it:\n    .venv/bin/python scripts/chat.py --model %s/rl\n' \
+    $(((SECONDS - started + 30) / 60)) "$run" "$run"

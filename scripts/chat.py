@@ -1,0 +1,102 @@
+"""Talk to a checkpoint. Example: python scripts/chat.py --model runs/tiny/rl -p "What is your name?" """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from edu.config import parse, run_script
+
+if TYPE_CHECKING:
+    from edu.engine import Engine
+    from edu.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Args:
+    model: Path = Path("runs/tiny/rl")
+    """Folder of a checkpoint."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Say this, print the answer and leave; without it, a conversation."""
+    system: str | None = None
+    """A system message to begin with."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_k: int | None = 50
+    """Sample among the k likeliest tokens."""
+    seed: int = 0
+    max_new_tokens: int = 128
+    """The longest answer; the rest of the context is left to the history."""
+    show_tools: bool = False
+    """Show calls of the calculator, as <<7*7=49>>."""
+
+
+def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> list[dict[str, Any]]:
+    """Print the assistant's turn as it is sampled; return it as messages. ValueError if the question is too long."""
+    from edu.chat import calculator_tool, cut_to_context, parse_completion, render_prompt, stream_text
+
+    context = engine.config.max_position_embeddings
+    room = max(context - args.max_new_tokens, context // 2)
+    prompt = render_prompt(cut_to_context(messages, tokenizer, room), tokenizer)
+    tokens: list[int] = []
+
+    def sampled() -> Iterator[int]:
+        stream = engine.stream(
+            prompt,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            stop_tokens=(tokenizer.assistant_end,),
+            seed=args.seed + len(messages),
+            tool=calculator_tool(tokenizer),
+        )
+        for token in stream:
+            tokens.append(token)
+            yield token
+
+    for text in stream_text(sampled(), tokenizer, args.show_tools):
+        print(text, end="", flush=True)
+    print()
+    return parse_completion(tokens, tokenizer)
+
+
+def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> None:
+    """Read, answer, repeat, until the end of input. An exchange that cannot be part of a conversation is forgotten."""
+    from edu.chat import check_messages
+
+    print("Ask something; an empty line or Ctrl-D ends the conversation.")
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            messages = check_messages([*asked, *answer(engine, tokenizer, asked, args)])
+        except ValueError as error:
+            print(f"(not kept: {error})")
+
+
+def main() -> None:
+    args = parse(Args)
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"--model {args.model}: no checkpoint in this folder; ./my_pipeline.sh makes runs/tiny/rl")
+    from edu.engine import Engine
+    from edu.model import GPT
+    from edu.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(args.model)
+    engine = Engine(GPT.from_pretrained(args.model).eval())
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    if args.prompt is None:
+        converse(engine, tokenizer, messages, args)
+    else:
+        answer(engine, tokenizer, [*messages, {"role": "user", "content": args.prompt}], args)
+
+
+if __name__ == "__main__":
+    run_script(main)

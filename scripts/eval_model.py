@@ -1,0 +1,118 @@
+"""Measure a model. Example: python scripts/eval_model.py --model runs/tiny/rl --task tiny --num-samples 8 --out rl.json"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edu.config import parse, run_script
+
+if TYPE_CHECKING:
+    from edu.evals import Evaluation
+
+TASKS = ("bpb", "tiny", "tiny-templates", "persona", "facts")
+
+
+@dataclass(frozen=True)
+class Args:
+    model: str = "runs/tiny/sft"
+    """Folder or Hub id of a model and its tokenizer."""
+    task: Literal["bpb", "tiny", "tiny-templates", "gsm8k", "persona", "facts", "all"] = "all"
+    """bpb: bits per byte of validation text; tiny, tiny-templates: held-out problems, and those of held-out templates;
+    gsm8k: its test split; persona: held-out identity questions; facts: held-out wordings. all: all but gsm8k."""
+    out: Path = Path("eval.json")
+    """Summaries go to this file, the records that they are computed from to the .jsonl beside it."""
+    data: Path = Path("data/tiny")
+    """Folder of the embedded corpus, or (for bpb) any folder with val/*.parquet."""
+    path: Path | None = None
+    """gsm8k's problems as a jsonl file, or a folder with test.jsonl; without it they come from the Hub."""
+    persona: Path = Path("data/persona.yaml")
+    """Who the model should be."""
+    num_samples: int = 1
+    """Answers to each problem; 1 is greedy."""
+    temperature: float | None = None
+    """Default: 0 (greedy) for one sample, 1 for more."""
+    max_new_tokens: int = 96
+    """A longer answer is cut off and counts as wrong."""
+    limit: int | None = None
+    """Only the first so many problems, facts, or validation batches."""
+    batch_size: int = 16
+    """Rows of a validation batch."""
+    seed: int = 0
+    """Of the samples."""
+    against: Path | None = None
+    """An earlier --out, of another model: compare the two problem by problem."""
+
+    def __post_init__(self) -> None:
+        for flag in ("num_samples", "max_new_tokens", "batch_size", "limit"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+
+
+def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
+    from edu.checkpoint import load_model, load_tokenizer
+    from edu.engine import Engine
+    from edu.evals import evaluate_facts, evaluate_persona, evaluate_task, evaluate_text
+    from edu.loader import validation_batches
+    from edu.persona import load_identity_eval, load_persona
+    from edu.runtime import autodetect_device_type
+    from edu.shards import list_shards
+    from edu.tasks.gsm8k import GSM8K
+
+    model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
+    engine, length = Engine(model), model.config.max_position_embeddings
+    temperature = args.temperature if args.temperature is not None else float(args.num_samples > 1)
+    problems: dict[str, tuple[str, Path | None]] = {
+        "tiny": ("test", args.data / "problems"),
+        "tiny-templates": ("test_templates", args.data / "problems"),
+        "gsm8k": ("test", args.path),
+    }
+    found = {}
+    for name in names:
+        if name == "bpb":
+            shards = list_shards(args.data, "val")
+            batches = validation_batches(shards, tokenizer, args.batch_size, length, args.limit)
+            found[name] = evaluate_text(model, batches, tokenizer.token_bytes())
+        elif name == "persona":
+            persona = load_persona(args.persona)
+            questions = load_identity_eval(Path("data/identity_eval.yaml"), persona)[: args.limit]
+            found[name] = evaluate_persona(engine, tokenizer, questions, persona)
+        elif name == "facts":
+            found[name] = evaluate_facts(engine, tokenizer, args.data / "chats_test.jsonl", limit=args.limit)
+        else:
+            found[name] = evaluate_task(
+                engine,
+                tokenizer,
+                GSM8K(*problems[name]),
+                num_samples=args.num_samples,
+                temperature=temperature,
+                max_new_tokens=args.max_new_tokens,
+                seed=args.seed,
+                limit=args.limit,
+            )
+    return found
+
+
+def main() -> None:
+    args = parse(Args)
+    from edu.evals import compare_records, read_records, save
+    from edu.metrics import measures
+
+    earlier = read_records(args.against) if args.against else {}
+    found = measure(args, TASKS if args.task == "all" else (args.task,))
+    about = {"model": args.model, "settings": {k: v if isinstance(v, int) else str(v) for k, v in asdict(args).items()}}
+    save(args.out, about, found)
+    for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
+        if "by_template" not in path:  # a long table: it is in the file
+            print(" / ".join(path), "=", number)
+    for name in earlier.keys() & found.keys():
+        if "samples" in found[name].records[0]:
+            print(
+                f"{name}, against {args.against}:",
+                json.dumps(asdict(compare_records(earlier[name], found[name].records))),
+            )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,51 @@
+"""The same greedy tokens with and without a cache, and both speeds. Example: python scripts/generate.py -p "The sky is" -n 10"""
+
+import time
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from edu.config import parse, run_script
+
+
+@dataclass(frozen=True)
+class Args:
+    model: str = "runs/tiny/base"
+    """Folder or Hub id of a model."""
+    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = "The sky is"
+    """Text to continue."""
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
+    """New tokens of the first comparison; the second fills the context."""
+
+
+def main() -> int:
+    args = parse(Args)
+    from edu.checkpoint import load_model, load_tokenizer
+    from edu.engine import Engine, generate_naive
+    from edu.runtime import autodetect_device_type
+
+    model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
+    prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
+    room = model.config.max_position_embeddings - len(prompt)
+    engine, same = Engine(model), True
+    for count in (min(args.n, room), room):
+        seconds, found = [], []
+        for tokens in (
+            generate_naive(model, prompt, count),
+            engine.stream(prompt, max_new_tokens=count, temperature=0),
+        ):
+            started = time.perf_counter()
+            found.append(list(tokens))
+            seconds.append(time.perf_counter() - started)
+        if count == args.n:
+            print(args.prompt + tokenizer.decode(found[1]))
+        same &= found[0] == found[1]
+        naive, cached = (count / each for each in seconds)
+        verdict = "same tokens" if found[0] == found[1] else "DIFFERENT TOKENS"
+        print(f"{count} tokens: naive {naive:,.0f}/s, cached {cached:,.0f}/s ({cached / naive:.1f}x), {verdict}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,41 @@
+"""Chapter 3: device and processes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from edu.runtime import autodetect_device_type, check_world_size, compute_init
+
+SCRIPT = "scripts/check_setup.py"
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=120, check=False)
+
+
+def test_a_cpu_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert autodetect_device_type() == "cpu"
+
+
+def test_two_processes_find_each_other() -> None:
+    port = str(20000 + os.getpid() % 20000)
+    done = run("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", SCRIPT)
+    assert done.returncode == 0, done.stderr
+    assert "rank=0  world_size=2" in done.stdout
+    assert "rank=1  world_size=2" in done.stdout
+    assert "2 process(es) answered" in done.stdout
+
+
+def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but this process sees 1"):
+        check_world_size(1)
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="--mixed-precision 'fp8'"):
+        compute_init(mixed_precision="fp8")

@@ -1,0 +1,201 @@
+"""Chapter 4: the transformer, against its parts' laws and against transformers' own nanochat."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from edu.losses import head_log_probs
+from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, document_mask, rotary_angles
+from edu.optim import MuonAdamW, make_optimizer, orthogonalize
+from edu.packing import IGNORE
+
+
+def random_gpt(seed: int = 0, **overrides: int) -> GPT:
+    """A tiny GPT whose weights are all random: at its initialisation the logits are nearly zero, and prove nothing."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig.tiny(**overrides)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_gpt()
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    return torch.randint(0, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def test_block_keeps_the_shape() -> None:
+    config = GPTConfig.tiny()
+    x = torch.randn(2, 7, config.hidden_size)
+    y = Block(config)(x, rotary_angles(torch.arange(7)[None], config))
+    assert y.shape == x.shape
+
+
+def test_fresh_weights_have_nanochats_statistics() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny(hidden_size=128, intermediate_size=512, vocab_size=1024))
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    assert std["model.embed_tokens.weight"] == pytest.approx(1.0, rel=0.02)
+    assert std["lm_head.weight"] == pytest.approx(0.001, rel=0.02)
+    assert std["model.layers.0.self_attn.q_proj.weight"] == pytest.approx(128**-0.5, rel=0.02)
+    assert std["model.layers.1.mlp.fc1.weight"] == pytest.approx(128**-0.5, rel=0.02)
+    assert std["model.layers.0.self_attn.o_proj.weight"] == std["model.layers.1.mlp.fc2.weight"] == 0
+
+
+def test_no_query_sees_what_comes_later(model: GPT, ids: torch.Tensor) -> None:
+    changed = ids.clone()
+    changed[:, 20:] = (ids[:, 20:] + 1) % 512
+    before, after = model(ids).logits, model(changed).logits
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert (before[:, 20:] - after[:, 20:]).abs().max() > 0.1
+
+
+def test_rotary_scores_depend_on_distance_alone() -> None:
+    config = GPTConfig.tiny()
+    q, k = torch.randn(2, 1, 1, 1, config.head_dim, dtype=torch.float64)
+
+    def score(query_at: int, key_at: int) -> float:
+        at = [rotary_angles(torch.tensor([[position]]), config) for position in (query_at, key_at)]
+        return float((apply_rotary_emb(q, *at[0]) * apply_rotary_emb(k, *at[1])).sum())
+
+    assert score(10, 3) == pytest.approx(score(107, 100), abs=1e-4)
+    assert abs(score(10, 3) - score(10, 4)) > 1e-3
+
+
+def test_grouped_heads_equal_repeated_ones() -> None:
+    grouped, full = random_gpt(), random_gpt(num_key_value_heads=4)
+    state = grouped.state_dict()
+    for name, weight in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            state[name] = weight.view(2, 16, -1).repeat_interleave(2, 0).reshape(64, -1)
+    full.load_state_dict(state)
+    x = torch.randint(0, 512, (1, 30))
+    torch.testing.assert_close(grouped(x).logits, full(x).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_logits_loss_and_gradients_equal_stock_transformers(kv_heads: int, tmp_path: Path, ids: torch.Tensor) -> None:
+    ours = random_gpt(num_key_value_heads=kv_heads)
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["NanoChatForCausalLM"]
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(stock).__name__ == "NanoChatForCausalLM"
+    expected, found = stock(ids, labels=ids), ours(ids, labels=ids)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.loss, expected.loss)
+    expected.loss.backward()
+    found.loss.backward()
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_what_is_saved_is_what_is_loaded(model: GPT, tmp_path: Path, ids: torch.Tensor) -> None:
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_log_probs_equal_those_of_the_logits_in_value_and_gradient(model: GPT, ids: torch.Tensor) -> None:
+    targets = ids.roll(-1, 1)
+    targets[0, :9] = IGNORE
+    weights = torch.randn(ids.shape)
+    found = model(ids, targets=targets)
+    logits = model(ids).logits
+    expected = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != IGNORE)
+    torch.testing.assert_close(found, expected)
+    assert found[0, :9].abs().max() == 0
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((weights * found).sum(), parameters),
+        torch.autograd.grad((weights * expected).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_chunks_change_nothing_and_no_target_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = torch.randn(3, 10, 8), torch.randn(20, 8)
+    targets = torch.randint(0, 20, (3, 10))
+    whole = head_log_probs(hidden, weight, targets, 15.0)
+    monkeypatch.setattr("edu.losses.CHUNK", 7)
+    torch.testing.assert_close(head_log_probs(hidden, weight, targets, 15.0), whole)
+    hidden.requires_grad_()
+    nothing = head_log_probs(hidden, weight, torch.full_like(targets, IGNORE), 15.0)
+    nothing.sum().backward()
+    assert nothing.abs().max() == 0
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max() == 0
+
+
+def test_packed_documents_do_not_see_each_other(model: GPT, ids: torch.Tensor) -> None:
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None].expand(2, -1)
+    targets = ids.roll(-1, 1)
+    packed = model(ids, targets=targets, position_ids=positions)
+    apart = torch.cat([model(ids[:, s], targets=targets[:, s]) for s in (slice(0, 15), slice(15, 40))], 1)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
+    assert (model(ids, targets=targets) - apart)[:, 15:].abs().max() > 1e-2
+
+
+def test_document_mask_by_hand() -> None:
+    mask = document_mask(torch.tensor([[0, 1, 0, 1]]))[0, 0].int().tolist()
+    assert mask == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_eager_attention_equals_sdpa(model: GPT, ids: torch.Tensor) -> None:
+    eager = random_gpt()
+    eager.set_attn_implementation("eager")
+    torch.testing.assert_close(eager(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_odd_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="num_attention_heads=3"):
+        GPTConfig.tiny(num_attention_heads=3)
+    with pytest.raises(ValueError, match="rope_type"):
+        GPTConfig.tiny(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0})
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (32, 128)])
+def test_muon_steps_as_torchs_own(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    ours = MuonAdamW([{"kind": "muon", "lr": 0.02, "momentum": 0.95, "weight_decay": 0.1, "params": [a]}])
+    theirs = torch.optim.Muon([b], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
+    for _ in range(3):
+        a.grad = torch.randn(shape)
+        b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    # Torch iterates in bf16, ours in fp32: the updates agree to bf16's rounding.
+    assert (a - b).norm() / (a - 1).norm() < 0.02
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 40, 20)))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_every_parameter_has_one_group_and_steps() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny())
+    optimizer = make_optimizer(model, matrix_lr=0.02, embedding_lr=0.2, head_lr=0.004, weight_decay=0.0)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_muon_refuses_flattened_parameters() -> None:
+    with pytest.raises(ValueError, match="Muon needs matrices"):
+        MuonAdamW([{"kind": "muon", "lr": 0.02, "params": [torch.nn.Parameter(torch.ones(8))]}])

@@ -1,0 +1,158 @@
+"""Chapter 5: the cache and the engine, against the uncached loop."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from test_04_model import random_gpt
+
+from edu.engine import Engine, KVCache, generate_naive
+from edu.model import GPT
+from edu.sampling import sample_tokens
+
+PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2, 7]]
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_gpt(vocab_size=50, seed=3)
+
+
+def test_cached_decode_equals_full_forward(model: GPT) -> None:
+    out = Engine(model).generate(PROMPTS, max_new_tokens=30, temperature=0)
+    for prompt, (sample,) in zip(PROMPTS, out, strict=True):
+        assert sample.tokens == list(generate_naive(model, prompt, 30))
+        assert len(set(sample.tokens)) > 3, "a model that repeats itself proves nothing"
+
+
+@pytest.mark.parametrize("max_rows", [4, 6, 11])
+def test_a_sample_does_not_depend_on_its_batch(model: GPT, max_rows: int) -> None:
+    options = {"max_new_tokens": 25, "stop_tokens": (7, 8, 9, 10), "temperature": 1.5}
+    together = Engine(model, max_rows).generate(PROMPTS, 4, seed=[5, 6, 7, 8], **options)
+    for prompt, seed, samples in zip(PROMPTS, (5, 6, 7, 8), together, strict=True):
+        alone = Engine(model).generate([prompt], 4, seed=seed, **options)[0]
+        assert [s.tokens for s in alone] == [s.tokens for s in samples]
+    assert len({tuple(s.tokens) for samples in together for s in samples}) == 16
+
+
+def test_log_probabilities_are_those_of_a_fresh_forward_pass(model: GPT) -> None:
+    for prompt, samples in zip(PROMPTS, Engine(model).generate(PROMPTS, 3, max_new_tokens=20), strict=True):
+        for sample in samples:
+            logits = model(torch.tensor([prompt + sample.tokens])).logits[0, len(prompt) - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_stop_token_ends_a_sample_and_is_kept(model: GPT) -> None:
+    greedy = Engine(model).generate(PROMPTS[:1], max_new_tokens=30, temperature=0)[0][0].tokens
+    stop = greedy[5]
+    sample = Engine(model).generate(PROMPTS[:1], max_new_tokens=30, temperature=0, stop_tokens=[stop])[0][0]
+    assert sample.finish_reason == "stop"
+    assert sample.tokens == greedy[: greedy.index(stop) + 1]
+
+
+def test_the_context_is_never_exceeded(model: GPT) -> None:
+    context = model.config.max_position_embeddings
+    sample = Engine(model).generate([[1] * (context - 5)], max_new_tokens=50)[0][0]
+    assert (len(sample.tokens), sample.finish_reason) == (5, "length")
+    with pytest.raises(ValueError, match=f"prompt 0 has {context} tokens"):
+        Engine(model).generate([[1] * context], max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 1 has 0 tokens"):
+        Engine(model).generate([[1], []], max_new_tokens=1)
+
+
+def test_a_tool_forces_tokens_that_are_masked_and_seen(model: GPT) -> None:
+    first = Engine(model).generate(PROMPTS[:1], max_new_tokens=12, temperature=0)[0][0].tokens
+
+    def tool(tokens: list[int]) -> list[int]:
+        return [41, 42, 43] if len(tokens) == 3 else []
+
+    sample = Engine(model).generate(PROMPTS[:1], max_new_tokens=12, temperature=0, tool=tool)[0][0]
+    assert sample.tokens[:6] == [*first[:3], 41, 42, 43]
+    assert sample.mask == [1, 1, 1, 0, 0, 0] + [1] * 6
+    assert sample.logprobs[3:6] == [0, 0, 0]
+    assert sample.tokens[6:] == list(generate_naive(model, PROMPTS[0] + sample.tokens[:6], 6))
+
+
+def test_a_tool_that_refuses_ends_its_sample_only(model: GPT) -> None:
+    def tool(tokens: list[int]) -> list[int]:
+        if len(tokens) == 2 and tokens[0] % 2:
+            raise ValueError("no")
+        return []
+
+    samples = Engine(model).generate(PROMPTS[:1], 8, max_new_tokens=6, tool=tool)[0]
+    assert Counter(s.finish_reason for s in samples).keys() == {"tool_error", "length"}
+    assert all(len(s.tokens) == (2 if s.finish_reason == "tool_error" else 6) for s in samples)
+
+
+def test_streaming_gives_the_same_tokens(model: GPT) -> None:
+    streamed = list(Engine(model).stream(PROMPTS[1], max_new_tokens=15, seed=4))
+    assert streamed == Engine(model).generate([PROMPTS[1]], max_new_tokens=15, seed=4)[0][0].tokens
+
+
+def test_samples_of_a_group_draw_their_first_token_independently(model: GPT) -> None:
+    first = [s.tokens[0] for s in Engine(model).generate(PROMPTS[:1], 64, max_new_tokens=1, temperature=2.0)[0]]
+    assert len(set(first)) > 10
+
+
+def test_sampled_frequencies_are_the_distribution() -> None:
+    probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    n = 20_000
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample_tokens(probs.log().expand(n, -1), uniforms)
+    counts = tokens.bincount(minlength=5)
+    chi_square = float(((counts - n * probs) ** 2 / (n * probs)).sum())
+    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+    torch.testing.assert_close(logprobs.exp(), probs[tokens])
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0, 1}), ({"top_p": 0.5}, {0}), ({"min_p": 0.25}, {0, 1, 2})],
+)
+def test_truncations_keep_what_they_say(options: dict[str, float], kept: set[int]) -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]])).expand(500, -1)
+    tokens, logprobs = sample_tokens(logits, torch.linspace(0, 0.9999, 500), **options)
+    assert set(tokens.tolist()) == kept
+    by_token = dict(zip(tokens.tolist(), logprobs.exp().tolist(), strict=True))
+    assert sum(by_token.values()) == pytest.approx(1, abs=1e-5), "log-probabilities are of the truncated distribution"
+
+
+def test_a_uniform_number_of_almost_one_never_gives_an_impossible_token() -> None:
+    logits = torch.tensor([[0.0, 0.0, -math.inf]])
+    tokens, _ = sample_tokens(logits, torch.tensor([1 - 2**-24]))
+    assert tokens.item() == 1
+
+
+def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> None:
+    cache = KVCache(3, 10, model)
+    assert cache.tensor.shape == (3, 2, 2, 2, 10, 16)
+    k = torch.randn(3, 2, 1, 16)
+    positions = torch.tensor([[0], [4], [9]])
+    cache.insert_kv(1, k, -k, positions)
+    for row, at in enumerate(positions.flatten().tolist()):
+        assert torch.equal(cache.tensor[row, 1, 0, :, at], k[row, :, 0])
+        assert torch.equal(cache.tensor[row, 1, 1, :, at], -k[row, :, 0])
+    assert cache.tensor.count_nonzero() == 2 * k.numel()
+
+
+@torch.inference_mode()
+def test_prompts_computed_in_pieces_give_the_same_logits(model: GPT) -> None:
+    engine, cache = Engine(model), KVCache(1, 20, model)
+    engine.read_weights()
+    whole = engine.prefill([PROMPTS[3]], KVCache(1, 20, model))
+    engine.prefill([PROMPTS[3][:7]], cache)
+    ids, at = torch.tensor([PROMPTS[3][7:]]), torch.arange(7, 16)[None]
+    pieces = engine.logits(engine.forward(ids, at, cache, span=16)[:, -1])
+    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_requests_are_named(model: GPT) -> None:
+    engine = Engine(model)
+    with pytest.raises(ValueError, match=r"temperature=-1"):
+        engine.generate([[1]], max_new_tokens=1, temperature=-1)
+    with pytest.raises(ValueError, match=r"top_p=0"):
+        engine.generate([[1]], max_new_tokens=1, top_p=0)
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
+        engine.generate([[1]], max_new_tokens=1, seed=[1, 2])

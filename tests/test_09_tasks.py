@@ -1,0 +1,370 @@
+"""Challenge 9: problems with a checkable answer, and a reward that compares values and cannot be talked into anything."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edu.calculator import calculate
+from edu.chat import parse_completion, render, stream_text
+from edu.tasks import as_trl_reward, completion_text, from_trl_reward, read_rows, score
+from edu.tasks.choice import Choice
+from edu.tasks.gsm8k import GSM8K, conversation, extract_answer, flatten, normalise
+from edu.tasks.mixture import Mixture
+from edu.tokenizer import Tokenizer
+
+SOLUTION = "Half of 48 is 48/2=<<48/2=24>>24 clips.\nTogether 48+24=<<48+24=72>>72 clips.\n#### 72"
+ROW = {
+    "question": "48 clips, then half as many. How many?",
+    "answer": SOLUTION,
+    "kind": "/+",
+    "template": "clips",
+    "steps": 2,
+}
+
+# What a completion says after its reasoning: for a ground truth of 10, all these are right ...
+RIGHT_10 = "|".join(
+    (
+        "#### 10|####10|####  10|####\t10|#### 10 |#### 10.|#### 10.0|#### 10.00|#### 10.000000000000|#### $10|#### $10.00|#### $ 10|#### +10|#### 010|#### 0010.0",
+        "#### 10 dollars|#### 10 apples|#### 10apples|#### 10%|#### 10 %|#### 10!|#### 10,|#### 10;|#### no #### 10|#### 10€|#### €10|#### £10|#### $10.|#### 10 dollars.",
+        "#### 10 (ten)|#### 10 m|#### 10 kg|#### 10 km|#### 10 - done|#### 10**|**#### 10**|the answer is #### 10|Answer: #### 10 clips|#### 10 #|#### 10 \n|#### 10\r|#### 10=|#### 10 =",
+        "#### 5\n#### 10|#### 5 #### 10|#### 1000\nNo.\n#### 10|#### ten\n#### 10|#### 10\n#### 10|####\n#### 10|#### 10\nbye|#### 10\n5|#### 10\n |\n#### 10|\n\n\n#### 10\n\n",
+        '1 2 3 4 5 6\n#### 10|10 is not 11\n#### 10|##### 5\n#### 10|# 5\n#### 10|## 5\n#### 10|### 5\n#### 10|<<5*2=10>>10\n#### 10|<<#### 10|#### 10j|#### 10 é|#### 10 🙂|#### 10 ""|#### 10 x',
+    )
+).split("|")
+# ... and all these are wrong.
+WRONG_10 = "|".join(
+    (
+        "|10|#### |####|###10|### 10|##### 10|###### 10|#10|# # # # 10|## ## 10|#### ten|#### ten?|#### ten 10|#### Ten|#### x10|#### =10|#### = 10|#### about 10|#### ~10|#### >10|#### ≈10",
+        "#### -10|#### - 10|#### -$10|#### $-10|#### --10|#### +-10|#### -+10|#### −10|#### (10)|#### [10]|#### {10}|#### \"10\"|#### '10'|#### *10*|#### **10**|#### `10`|#### \\boxed{10}|#### #10",
+        "#### 100|#### 1000|#### 1|#### 0|#### 11|#### 9|#### 10.1|#### 10.01|#### 10.000000000001|#### 9.999999999999|#### 9.9999999999999999999999|#### .10|#### 0.10|#### 1.0|#### 01|#### 1 0|#### 1,0|#### 1_0",
+        "#### 10 11|#### 10, 11|#### 10,11|#### 10 or 11|#### 10 or 12|#### 9 10|#### 9 or 10|#### 10 12 14|#### 10/11|#### 10/1|#### 20/2|#### 5*2|#### 5+5|#### 2x5|#### 10-0|#### 10+0|#### 10^1|#### 10**1|#### 10:00|#### 10.0.0|#### 10..0|#### 10.5.|#### 10 dollars and 50 cents",
+        "#### 10e0|#### 1e1|#### 1E1|#### 10E0|#### 0xA|#### 0b1010|#### 0o12|#### 10 <<5*2=|#### 10k1|#### 10k|#### 10 k|#### 10K|#### 10 thousand|#### 10 million|#### 10 hundred|#### 10 dozen|#### 10 Billion|#### 10,000|#### 10,00|#### 10,0|#### 1,0.0",
+        "#### १०|#### ١٠|#### １０|#### 1０|#### 10０|#### 10½|#### 10²|#### ⑩|#### Ⅹ|#### 10٠|#### 十|#### 1\x000|#### 1\u200b0|#### \u200b10|#### \x0010|#### \u00a010|＃＃＃＃ 10|####\n10|####\n\n10|####\r\n10|####:10|####: 10|####-10|#### nan|#### inf|#### -inf|#### None|#### True|#### 10\u202811",
+        "#### 10\n#### 11|#### 10 #### 11|#### 10\n####|#### 10\n#### |#### 10\n#### ten|#### 10\n#### no|#### 10 ####|#### 10\n#### 5 or 10|#### 10\n#### -10|#### 10#### 9",
+        "#### 8\n#### 9\n#### 10|#### 10\n#### 10\n#### 10|#### 8 #### 9 #### 10|####\n####\n#### 10|#### #### #### 10|#### 10\n#### 10\n#### 10\n#### 10",
+        "10\n10\n10|The answer is 10.|answer: 10|A: 10|\\boxed{10}|<answer>10</answer>|<<5*2=10>>10|<<5*2=10>>|##\n## 10|# ### 10|#\u200b### 10",
+    )
+).split("|")
+MANY = [
+    "\n".join(f"#### {i}" for i in range(1, 11)),
+    "\n".join(f"#### {i}" for i in range(20)),
+    " ".join(f"#### {i}" for i in range(11)),
+]
+HUGE = [
+    "#### " + "9" * 10**6,
+    "#### 10" + "0" * 10**6,
+    "#### 10." + "0" * 10**6 + "1",
+    "#" * 10**6 + " 10",
+    "#### " + "1," * 10**5 + "10",
+]
+OTHER_TRUTHS = [
+    ("1000", "#### 1,000", 1), ("1000", "#### $1,000.00", 1), ("1000", "#### 1000.0", 1), ("1000", "#### 1,000.00 dollars", 1),
+    ("1000", "#### 1,00", 0), ("1000", "#### 1,0000", 0), ("1000", "#### 1 000", 0), ("1000", "#### 1.000", 0), ("1000", "#### ,1000", 0),
+    ("1000", "#### 1,,000", 0), ("1000", "#### 10,00", 0), ("1000", "#### 1000,", 1), ("1000", "#### 1,000,", 1), ("1000", "#### 1k", 0),
+    ("1234567", "#### 1,234,567", 1), ("1234567", "#### 1234,567", 0), ("1234567", "#### 1,234567", 0), ("1234567", "#### 1,234,56", 0),
+    ("-5", "#### -5", 1), ("-5", "#### -5.0", 1), ("-5", "#### -$5", 1), ("-5", "#### $-5", 1), ("-5", "#### - 5", 1), ("-5", "#### 5", 0),
+    ("-5", "#### --5", 0), ("-5", "#### (5)", 0), ("-5", "#### 5-", 0), ("0", "#### 0", 1), ("0", "#### -0", 1), ("0", "#### 0.00", 1),
+    ("0", "#### 00", 1), ("0", "#### .0", 1), ("0", "#### .", 0), ("0", "#### -", 0), ("0", "#### zero", 0), ("0", "#### 0.0000000001", 0),
+    ("0.5", "#### .5", 1), ("0.5", "#### 0.50", 1), ("0.5", "#### 50%", 0), ("0.5", "#### 1/2", 0), ("0.5", "#### ½", 0), ("0.5", "#### 5", 0),
+    ("2.5", "#### 2.50", 1), ("2.5", "#### $2.5", 1), ("2.5", "#### 2,5", 0), ("2.5", "#### 2 1/2", 0), ("2.5", "#### 2.5.", 1),
+    ("1,000", "#### 1000", 1), ("$10.00", "#### 10", 1), ("10.", "#### 10", 1), ("12345678901234567890", "#### 12345678901234567891", 0),
+    ("12345678901234567890", "#### 12,345,678,901,234,567,890.0", 1), ("0.1", "#### 0.1000000000000000055511151231257827", 0),
+]  # fmt: skip
+
+
+ADVERSARIAL = [
+    *[("10", text, 1.0) for text in RIGHT_10],
+    *[("10", text, 0.0) for text in [*WRONG_10, *MANY, *HUGE]],
+    *[(truth, text, float(expected)) for truth, text, expected in OTHER_TRUTHS],
+]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> GSM8K:
+    path = tmp_path_factory.mktemp("problems") / "train.jsonl"
+    path.write_text(json.dumps(ROW) + "\n\n" + json.dumps({"question": "One?", "answer": "#### 1,000"}) + "\n")
+    return GSM8K("train", path.parent)
+
+
+# The reward
+
+
+@pytest.mark.parametrize(("truth", "completion", "expected"), ADVERSARIAL, ids=lambda value: ascii(value)[:32])
+def test_reward_compares_values_and_nothing_else(task: GSM8K, truth: str, completion: str, expected: float) -> None:
+    assert task.reward({"answer": truth}, completion) == expected
+
+
+def test_the_table_holds_200_different_completions() -> None:
+    assert len({(truth, text) for truth, text, _ in ADVERSARIAL}) == len(ADVERSARIAL) >= 200
+
+
+def test_the_last_answer_wins_and_a_list_of_guesses_earns_nothing(task: GSM8K) -> None:
+    example = {"answer": "7"}
+    assert [task.reward(example, text) for text in ("#### 6\n#### 7", "#### 7\n#### 6")] == [1.0, 0.0]
+    for guesses in range(3, 20):
+        for last in range(20):
+            text = "\n".join(f"#### {i}" for i in [*range(guesses - 1), last])
+            assert task.reward(example, text) == 0.0
+
+
+@given(
+    st.integers(-(10**12), 10**12),
+    st.integers(0, 3),
+    st.sampled_from(["", "$"]),
+    st.sampled_from(["", " dollars", "."]),
+)
+def test_every_way_of_writing_a_number_normalises_to_one(n: int, zeros: int, currency: str, unit: str) -> None:
+    decimals = "." + "0" * zeros if zeros else ""
+    sign = "-" if n < 0 else ""
+    for number in (f"{abs(n)}", f"{abs(n):,}", f"00{abs(n)}"):
+        assert normalise(f"{sign}{currency}{number}{decimals}{unit}") == str(n)
+
+
+@given(st.text(max_size=30) | st.text("0123456789.,-+$# \n", max_size=30))
+def test_an_extracted_answer_is_none_or_in_normal_form(text: str) -> None:
+    answer = extract_answer("#### " + text)
+    assert answer is None or (re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?", answer) and answer != "-0")
+    assert answer is None or normalise(answer) == answer
+
+
+def test_a_ground_truth_that_is_no_number_is_an_error_not_a_reward(task: GSM8K) -> None:
+    with pytest.raises(ValueError, match="ground truth 'ten'"):
+        task.reward({"answer": "ten"}, "#### 10")
+
+
+# Conversations
+
+
+def test_a_worked_answer_becomes_calls_that_the_calculator_confirms_and_back() -> None:
+    messages = conversation(ROW["question"], SOLUTION)
+    assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant", "tool", "assistant"]
+    calls = [m["tool_calls"][0]["function"]["arguments"]["expression"] for m in messages if "tool_calls" in m]
+    assert calls == ["48/2", "48+24"]
+    assert [m["content"] for m in messages if m["role"] == "tool"] == [calculate(call) for call in calls]
+    assert messages[-1] == {"role": "assistant", "content": "72 clips.\n#### 72"}
+    assert flatten(messages) == SOLUTION
+
+
+@given(
+    st.lists(
+        st.sampled_from(["text ", "24", "\n", "<<48/2=24>>", "<<1+1=2>>", "<<", ">>", "=", "<<>>", "é"]), max_size=12
+    )
+)
+def test_flatten_undoes_conversation(parts: list[str]) -> None:
+    assert flatten(conversation("q", "".join(parts))) == "".join(parts)
+
+
+def test_a_rendered_solution_scores_1_and_its_tool_blocks_are_not_part_of_the_text(
+    task: GSM8K, tokenizer: Tokenizer
+) -> None:
+    rendered = render(conversation(ROW["question"], SOLUTION), tokenizer)
+    tokens = rendered.ids[rendered.ids.index(tokenizer.assistant_start) + 1 :]
+    assert completion_text(tokens, tokenizer) == "Half of 48 is 48/2=24 clips.\nTogether 48+24=72 clips.\n#### 72"
+    assert completion_text(tokens, tokenizer) == "".join(stream_text(tokens, tokenizer))
+    assert flatten(parse_completion(tokens, tokenizer)) == SOLUTION
+    example = task.get_example(0)
+    assert score(Sample(tokens, "stop"), example, task, tokenizer) == 1.0
+    assert score(Sample(tokens, "length"), example, task, tokenizer) == 0.0
+    assert score(Sample(tokens, "tool_error"), example, task, tokenizer) == 0.0
+
+
+def test_what_a_tool_forces_cannot_be_the_answer(task: GSM8K, tokenizer: Tokenizer) -> None:
+    t = tokenizer
+    block = [t.python_start, *t.encode("70+2"), t.python_end, t.output_start, *t.encode("72"), t.output_end]
+    example = task.get_example(0)
+    for tokens in (
+        [*t.encode("#### "), *block, t.assistant_end],
+        [t.python_start, *t.encode("#### 72"), t.assistant_end],
+        [t.output_start, *t.encode("#### 72"), t.assistant_end],
+        [*t.encode("#### 7"), *block, t.assistant_end, *t.encode("2")],
+        [t.assistant_end, *t.encode("#### 72")],
+        [t.assistant_end],
+        [],
+    ):
+        assert score(Sample(tokens, "stop"), example, task, tokenizer) == 0.0
+    assert (
+        score(Sample([*t.encode("#### "), *block, *t.encode("72"), t.assistant_end], "stop"), example, task, tokenizer)
+        == 1.0
+    )
+
+
+@dataclass
+class Sample:
+    tokens: list[int]
+    finish_reason: str
+
+
+@given(data=st.data())
+def test_the_graded_text_is_what_a_reader_sees(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokens = data.draw(
+        st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.integers(tokenizer.bos, tokenizer.pad), max_size=30)
+    )
+    assert completion_text(tokens, tokenizer) == "".join(stream_text(tokens, tokenizer))
+
+
+# Data
+
+
+def test_examples_hold_question_answer_and_the_rows_other_fields(task: GSM8K) -> None:
+    assert len(task) == 2
+    example = task.get_example(0)
+    assert example["messages"] == [{"role": "user", "content": ROW["question"]}]
+    assert (example["answer"], example["solution"]) == ("72", SOLUTION)
+    assert (example["kind"], example["template"], example["steps"]) == ("/+", "clips", 2)
+    assert task.get_example(1)["answer"] == "1000"
+    assert all(task.reward(task.get_example(i), task.get_example(i)["solution"]) == 1.0 for i in range(len(task)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no rows"),
+        ("\n\n", "no rows"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": ', "row 2: not valid JSON"),
+        ("\n[1, 2]", "row 2: expected a JSON object, found list"),
+        ('{"answer": "#### 1"}', "row 1: field 'question' is missing"),
+        ('{"question": "a"}', "row 1: field 'answer' is missing"),
+        ('{"question": "a", "answer": 72}', "row 1: field 'answer' is missing or is not text"),
+        ('{"question": " ", "answer": "#### 1"}', "row 1: field 'question' is missing or is not text"),
+        ('{"question": "a", "answer": "72"}', "row 1: field 'answer' does not end in a line '#### <number>'"),
+        ('{"question": "a", "answer": "#### ten"}', "row 1: field 'answer' does not end"),
+        ('{"question": "\udcff", "answer": "#### 1"}', "row 1: not valid JSON"),
+    ],
+)
+def test_bad_data_is_an_error_that_names_file_and_row(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}")) as error:
+        GSM8K("train", path)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"test\.jsonl: no such file.*download_shards.py --source tiny"):
+        GSM8K("test", tmp_path)
+
+
+def test_without_a_path_the_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*args: str, **options: str) -> list[dict[str, str]]:
+        asked.append((args, options))
+        return [{"question": "q", "answer": "a\n#### 3"}]
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert GSM8K("test", config="socratic").get_example(0)["answer"] == "3"
+    assert asked == [(("openai/gsm8k", "socratic"), {"split": "test"})]
+
+
+# TRL's signature
+
+
+def test_a_task_reward_serves_trl_in_both_of_its_formats(task: GSM8K) -> None:
+    f = as_trl_reward(task.reward)
+    texts = ["#### 72", "#### 71"]
+    chats = [[{"role": "assistant", "content": text}] for text in texts]
+    for completions in (texts, chats):
+        columns = {"answer": ["72", "72"], "kind": ["a", "b"], "trainer_state": object(), "log_metric": print}
+        assert f(prompts=["p", "p"], completions=completions, completion_ids=[[1], [2]], **columns) == [1.0, 0.0]
+
+
+def test_a_reward_written_for_trl_works_here_and_sees_the_sampled_ids(task: GSM8K, tokenizer: Tokenizer) -> None:
+    def shortness(prompts: list, completions: list, completion_ids: list, answer: list, **_: Any) -> list[float]:
+        assert prompts == [[{"role": "user", "content": ROW["question"]}]]
+        assert completions == [[{"role": "assistant", "content": "#### 72"}]]
+        return [1 / len(ids) + float(truth == "72") for ids, truth in zip(completion_ids, answer, strict=True)]
+
+    class Short(GSM8K):
+        def __init__(self) -> None:
+            self.examples = task.examples
+
+        def reward(self, example: dict[str, Any], completion: str) -> float:
+            return from_trl_reward(shortness)(example, completion)
+
+    tokens = [*tokenizer.encode("#### 72"), tokenizer.assistant_end]
+    assert score(Sample(tokens, "stop"), task.get_example(0), Short(), tokenizer) == 1 + 1 / len(tokens)
+
+
+def test_the_adapters_undo_each_other(task: GSM8K) -> None:
+    there_and_back = from_trl_reward(as_trl_reward(task.reward))
+    example = task.get_example(0)
+    assert [there_and_back(example, text) for text in ("#### 72", "#### 7")] == [1.0, 0.0]
+    plain = from_trl_reward(
+        lambda prompts, completions, **_: [float(len(prompts[0]) + len(completions[0]))], conversational=False
+    )
+    assert plain(example, "#### 72") == len(ROW["question"]) + 7
+    with pytest.raises(ValueError, match="gave None"):
+        from_trl_reward(lambda **_: [None])(example, "x")
+
+
+# Other tasks
+
+
+def test_a_mixture_holds_every_example_and_grades_it_by_its_own_task(task: GSM8K, tmp_path: Path) -> None:
+    path = tmp_path / "choice.jsonl"
+    path.write_text(
+        json.dumps({"question": "Which is a colour?", "choices": ["dog", "red", "run"], "answer": "B"}) + "\n"
+    )
+    mixture = Mixture({"math": task, "choice": Choice(path)}, repeats={"choice": 3}, seed=1)
+    examples = [mixture.get_example(i) for i in range(len(mixture))]
+    assert sorted(example["source"] for example in examples) == ["choice"] * 3 + ["math"] * 2
+    rights = {"math": "#### {answer}", "choice": "({answer})"}
+    assert all(mixture.reward(e, rights[e["source"]].format(**e)) == 1.0 for e in examples)
+    assert [mixture.get_example(i) for i in range(5)] == [
+        Mixture(mixture.tasks, {"choice": 3}, seed=1).get_example(i) for i in range(5)
+    ]
+    with pytest.raises(ValueError, match="repeats name poems"):
+        Mixture({"math": task}, repeats={"poems": 2})
+
+
+def test_multiple_choice_takes_one_letter_on_the_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "choice.jsonl"
+    path.write_text(
+        json.dumps({"question": "Which is a colour?", "choices": ["dog", "red", "run"], "answer": "B"}) + "\n"
+    )
+    task = Choice(path)
+    example = task.get_example(0)
+    assert example["messages"][0]["content"] == "Which is a colour?\nA) dog\nB) red\nC) run\nAnswer with one letter."
+    for right in ("B", "B.", "(B)", "B)", " B \n", "A dog is an animal.\nB", "#### B", "####B"):
+        assert task.reward(example, right) == 1.0
+    for wrong in (
+        "",
+        "A",
+        "b",
+        "A B C",
+        "A\nB\nC",
+        "B or C",
+        "red",
+        "BB",
+        "The answer is B, or A",
+        "Β",
+        "B\nA",
+        "D",
+        "\n",
+        "# B",
+    ):
+        assert task.reward(example, wrong) == 0.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"choices": ["one"]}, {"choices": "AB"}, {"answer": "D"}, {"answer": "AB"}, {"answer": ""}, {"choices": [1, 2]}],
+)
+def test_bad_choices_name_their_row(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "choice.jsonl"
+    path.write_text(json.dumps({"question": "q", "choices": ["a", "b", "c"], "answer": "A"} | change))
+    with pytest.raises(ValueError, match=r"choice\.jsonl, row 1: field"):
+        Choice(path)
+
+
+def test_rows_are_read_with_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}')
+    assert list(read_rows(path)) == [(f"{path}, row 1", {"a": 1}), (f"{path}, row 3", {"a": 2})]
