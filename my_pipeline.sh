@@ -85,8 +85,8 @@ fi
 stage "pretraining" "${takes[2]}" "the loss falls, fast at first"
 $LAUNCH scripts/pretrain.py --config "recipes/$RECIPE/base.yaml" --seed "$SEED" --tokenizer "$run/tokenizer" --out "$run/base"
 
-stage "identity" "10 s" "400 conversations in which the model learns who it is"
-python scripts/make_identity.py --num 400 --out data/my_identity.jsonl
+stage "identity" "10 s" "600 conversations in which the model learns who it is"
+python scripts/make_identity.py --num 600 --out data/my_identity.jsonl
 
 stage "fine-tuning" "${takes[3]}" "how many conversations are used, and the loss falling again"
 $LAUNCH scripts/sft.py --config "recipes/$RECIPE/sft.yaml" --seed "$SEED" --model "$run/base" --out "$run/sft"

@@ -96,7 +96,7 @@ class PretrainConfig(StageConfig):
     """Query heads."""
     kv_heads: int = 2
     """Key/value heads; each serves heads / kv_heads query heads."""
-    max_steps: int = 750
+    max_steps: int = 600
     warmup: int = 20
     sample_prompts: tuple[str, ...] = ("The sky is", "Tom has 6 apples.", "Anna: What is your name?")
     """Texts continued at every evaluation."""
@@ -135,7 +135,7 @@ class SFTConfig(ChatConfig):
     """Folder or Hub id of the model to start from."""
     data: Path = Path("recipes/tiny/mixture.yaml")
     """Mixture file, or one file of conversations (jsonl or parquet)."""
-    max_steps: int = 120
+    max_steps: int = 160
     lr_scale: float = 0.5
     decay: float = 1.0
     val_every: int = 20
@@ -151,22 +151,22 @@ class RLConfig(ChatConfig):
     """Folder or Hub id of the model to start from."""
     num_problems: int | None = None
     """Train and measure on only the first so many training problems by seed (10: the demonstration)."""
-    batch_size: int = 16
+    batch_size: int = 32
     """Problems a step, over all processes."""
     samples: int = 8
     """Rollouts of each problem, K."""
     micro_batch_size: int = 16
-    max_steps: int = 100
+    max_steps: int = 140
     temperature: float = 1.0
     """Of the rollouts; the log-probabilities trained are those sampled from only at 1."""
-    lr_scale: float = 0.3
+    lr_scale: float = 0.4
     warmup: int = 5
     decay: float = 1.0
     replay: Path | None = Path("recipes/tiny/replay.yaml")
     """SFT conversations mixed into every step, so that what is not rewarded is not forgotten."""
-    replay_weight: float = 0.1
+    replay_weight: float = 0.3
     """Factor on the replay's own loss."""
-    replay_rows: int = 4
+    replay_rows: int = 8
     """Rows of replay a step, over all processes."""
     eval_problems: int = 64
     """Held-out problems measured during training; the end measures all."""

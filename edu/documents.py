@@ -86,8 +86,8 @@ class Source:
                     yield chunk
             if not found:
                 raise ValueError(
-                    f"process {self.rank} of {self.world_size} finds no text in the {offset} rows of {len(self.shards)} "
-                    f"shards, {self.shards[0].path} the first: give more data, or fewer processes"
+                    f"process {self.rank} of {self.world_size} finds no text in the {offset} rows of "
+                    f"{len(self.shards)} shards, {self.shards[0].path} the first: give more data, or fewer processes"
                 )
             found = False
 

@@ -100,9 +100,6 @@ def _sample_record(sample: "Sample", tokenizer: Tokenizer) -> Record:
     }
 
 
-# Problems -------------------------------------------------------------------------------------------------------------
-
-
 def evaluate_task(
     engine: "Engine",
     tokenizer: Tokenizer,
@@ -195,9 +192,6 @@ def compare_records(first: Sequence[Record], second: Sequence[Record]) -> Compar
     return compare([fmean(_rewards(r)) for r in first], [fmean(_rewards(r)) for r in second])
 
 
-# Persona and facts ----------------------------------------------------------------------------------------------------
-
-
 def evaluate_persona(
     engine: "Engine",
     tokenizer: Tokenizer,
@@ -271,9 +265,6 @@ def evaluate_text(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: n
         {"index": i, "nats": nats, "bytes": n} for i, (nats, n) in enumerate(text_nats(model, batches, token_bytes))
     ]
     return Evaluation({"bits_per_byte": sum_bits((r["nats"], r["bytes"]) for r in records)}, records)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
 
 
 def save(path: Path, about: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:

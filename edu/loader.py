@@ -126,7 +126,7 @@ def stream_batches(
     state: LoaderState | None = None,
     *,
     epochs: int | None = None,
-    buffer_size: int = 1000,
+    buffer_size: int = 256,
     carry: bool = True,
     column: str = "text",
     on_bad: Literal["error", "skip"] = "error",
@@ -134,9 +134,11 @@ def stream_batches(
     """Batches of the texts of parquet shards, without end, or `epochs` times through.
 
     Every document starts with BOS, and so does every row; a document that does not fit goes on in a later row, after a
-    BOS of its own (see StreamPacker; `buffer_size` is how many documents it chooses from, `carry` whether the rest of
-    a cut one goes on). Rows are full, weights 1. With `epochs`, the last batch is filled up with IGNORE.
+    BOS of its own (see StreamPacker). Rows are full, weights 1. With `epochs`, the last batch is filled up with IGNORE.
 
+    buffer_size: documents to choose from; with log-normal lengths of median 700 tokens, 1,000 give targets no more
+    context than 256 do, at T = 256, 1024, 2048 (simulated).
+    carry: the rest of a cut document goes on, rather than being thrown away.
     state: go on after the batch that it came with. It holds for the same shards, rank and world size; batch and row
     sizes may change. on_bad: what to do about a shard or a row group that cannot be read; "skip" warns and counts.
     ValueError for shards that are missing, unreadable, without a column of text, or not those of the state.
@@ -165,8 +167,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first max_batches batches, over all processes, of one pass: always the same rows, whatever the world size.
 
-    So a measure on them is too. Process r takes batches r, r + world_size, ...; each gets as many, the last perhaps with
-    nothing to learn in it. All processes encode all of it, which is small.
+    So a measure on them is too. Process r takes batches r, r + world_size, ...; each gets as many, the last perhaps
+    with nothing to learn in it. All processes encode all of it, which is small.
     """
     stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=CHUNK)
     batches = itertools.islice((batch for batch, _ in stream), max_batches)
@@ -182,8 +184,8 @@ def check_state(state: LoaderState, fresh: LoaderState) -> None:
     """ValueError unless a saved state is of these shards and this process."""
     if (state.rank, state.world_size) != (fresh.rank, fresh.world_size):
         raise ValueError(
-            f"the data position was saved by process {state.rank} of {state.world_size}, this is process {fresh.rank} of "
-            f"{fresh.world_size}: resume with {state.world_size} processes, or start a new run"
+            f"the data position was saved by process {state.rank} of {state.world_size}, this is process {fresh.rank} "
+            f"of {fresh.world_size}: resume with {state.world_size} processes, or start a new run"
         )
     for old, new in itertools.zip_longest(state.shards, fresh.shards):
         if old != new:

@@ -1,5 +1,6 @@
 """What is measured of every chat model at the end of its stage, and the validation loss on the way."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from edu.chat import stream_text
 from edu.config import ChatConfig
 from edu.engine import Engine
 from edu.evals import Evaluation
+from edu.metrics import measures
 from edu.model import GPT
 from edu.packing import IGNORE, Batch
 from edu.persona import load_identity_eval, load_persona
@@ -51,7 +53,8 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig) -> di
     The records behind them go to eval.jsonl in the stage's folder.
     """
     found: dict[str, Evaluation] = {}
-    greedy = {"max_new_tokens": config.max_new_tokens, "limit": config.eval_limit}
+    quiet = not sys.stderr.isatty()
+    greedy = {"max_new_tokens": config.max_new_tokens, "limit": config.eval_limit, "quiet": quiet}
     sampled = greedy | {"num_samples": config.eval_samples, "temperature": 1.0, "seed": config.seed}
     splits = {"math": "test", "math_templates": "test_templates"}
     for name, split in splits.items():
@@ -62,12 +65,14 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig) -> di
     if config.identity is not None:
         persona = load_persona(config.persona)
         questions = load_identity_eval(config.identity, persona)
-        found["persona"] = evals.evaluate_persona(engine, tokenizer, questions, persona)
+        found["persona"] = evals.evaluate_persona(engine, tokenizer, questions, persona, quiet=quiet)
     if config.facts is not None:
-        found["facts"] = evals.evaluate_facts(engine, tokenizer, config.facts)
+        found["facts"] = evals.evaluate_facts(engine, tokenizer, config.facts, quiet=quiet)
     evals.save_records(config.out / "eval.jsonl", found)
     summary: dict[str, Any] = {}
     for name, evaluation in found.items():
+        figures = [f"{path[0]} {figure}" for path, figure in measures(evaluation.summary) if path[1:] == ()]
+        print(f"{name}: " + "; ".join(figures))
         first, _, second = name.partition("/")
         shown = {key: value for key, value in evaluation.summary.items() if key != "by_template"}  # long: recompute it
         summary.setdefault(first, {}).update({second: shown} if second else shown)

@@ -235,7 +235,7 @@ class StreamPacker:
 
 
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
-    """The Batch of rows of T + 1 tokens, (B, T + 1) int64 each; IGNORE marks the places at the end that are not filled."""
+    """The Batch of rows of T + 1 tokens, (B, T + 1) int64 each; IGNORE marks places at the end that are not filled."""
     inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
     if tokens[-1, -1] == IGNORE:
         inputs[inputs == IGNORE] = pad

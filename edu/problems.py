@@ -227,7 +227,7 @@ def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     sizes = {
         "test_templates": ((50, 130, 20), "held_out", held_out),
         "test": ((75, 195, 30), "train", held_out),
-        "sft": ((570, 30, 0), "train", trainable),
+        "sft": ((510, 80, 10), "train", trainable),
         "train": ((800, 2080, 320), "train", trainable),
     }
     for name, (counts, split, wanted) in sizes.items():

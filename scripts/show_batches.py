@@ -47,8 +47,8 @@ def main() -> None:
         starts = int((batch.positions == 0).sum())
         _, shard, group, row = state.position
         print(
-            f"batch {number}: inputs {tuple(batch.inputs.shape)}, targets {tuple(batch.targets.shape)}; {starts} document "
-            f"starts; read up to {shards[shard].name}, row group {group}, row {row}"
+            f"batch {number}: inputs {tuple(batch.inputs.shape)}, targets {tuple(batch.targets.shape)}; {starts} "
+            f"document starts; read up to {shards[shard].name}, row group {group}, row {row}"
         )
         for name, ids in (("inputs", batch.inputs), ("targets", batch.targets)):
             print(f"  {name:7} {'|'.join(repr(tokenizer.decode([i]))[1:-1] for i in ids[0, : args.head].tolist())} ...")

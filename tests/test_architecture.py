@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels, or from its left on its own line. A new module gets its place here.
 LEVELS = [
-    "config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer packing losses model optim calculator",
+    "config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer packing losses gpt_config model optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
     "problems world corpus persona teacher identity sft_data rollouts",
     "bits evals measure report",
@@ -20,7 +20,7 @@ LEVELS = [
 ]
 PLACES = {name: (level, place) for level, line in enumerate(LEVELS) for place, name in enumerate(line.split())}
 MAX_LINES_OF_A_FILE = 300
-MAX_LINES_IN_ALL = 6000
+MAX_LINES_IN_ALL = 9000
 VAGUE_NAMES = ("util", "utils", "common", "helper", "helpers", "misc")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.hub.load")
 MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/work/", "/tmp/", "C:\\")

@@ -28,12 +28,18 @@ Stage = tuple[Callable[[Any], Any], StageConfig]
 def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Data of every kind, small enough to learn by heart."""
     home = tmp_path_factory.mktemp("home")
-    texts = [f"The {a} sees the {b}. The {b} is {c}." for a in ("cat", "dog") for b in ("sun", "hat") for c in ("old", "hot")]
+    texts = [
+        f"The {a} sees the {b}. The {b} is {c}." for a in ("cat", "dog") for b in ("sun", "hat") for c in ("old", "hot")
+    ]
     for folder, count in ((home / "data", 40), (home / "data" / "val", 2)):
         folder.mkdir()
         pq.write_table(pa.table({"text": texts * count}), folder / "shard_00000.parquet", row_group_size=50)
     (home / "problems").mkdir()
-    rows = [{"question": f"What is {a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"} for a in range(5) for b in range(4)]
+    rows = [
+        {"question": f"What is {a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
+        for a in range(5)
+        for b in range(4)
+    ]
     for split in ("train", "test"):
         (home / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer.save(home / "tokenizer")
@@ -47,7 +53,12 @@ def stages(home: Path) -> dict[str, Stage]:
     )
     chat = {"problems": home / "problems", "identity": None, "facts": None, "eval_samples": 2, "eval_limit": 4, **SMALL}
     tuned = SFTConfig(
-        out=home / "sft", model=str(home / "base"), data=home / "problems" / "train.jsonl", max_steps=7, val_every=5, **chat
+        out=home / "sft",
+        model=str(home / "base"),
+        data=home / "problems" / "train.jsonl",
+        max_steps=7,
+        val_every=5,
+        **chat,
     )
     reinforced = RLConfig(
         out=home / "rl", model=str(home / "sft"), replay=tuned.data, samples=4, max_new_tokens=24, max_steps=6, **chat
@@ -79,7 +90,9 @@ def test_losses_fall(finished: dict[str, StageConfig]) -> None:
     assert bpb == sorted(bpb, reverse=True)
 
 
-def test_every_stage_leaves_a_stock_model_and_its_figures(finished: dict[str, StageConfig], tokenizer: Tokenizer) -> None:
+def test_every_stage_leaves_a_stock_model_and_its_figures(
+    finished: dict[str, StageConfig], tokenizer: Tokenizer
+) -> None:
     for name, config in finished.items():
         model = AutoModelForCausalLM.from_pretrained(config.out)
         assert type(model).__name__ == "NanoChatForCausalLM"
@@ -104,7 +117,12 @@ class Crash(BaseException):
 @pytest.mark.parametrize("name", ["base", "sft", "rl"])
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_a_run_that_dies_continues_bit_for_bit(
-    name: str, at: int, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    at: int,
+    stages: dict[str, Stage],
+    finished: dict[str, StageConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     train, config = stages[name]
     config = replace(config, out=tmp_path / "again", micro_batch_size=4)
