@@ -98,7 +98,7 @@ stage "report" "5 s" "where the report is, and what each stage reached"
 python scripts/report.py --run "$run"
 
 stage "chat" "15 s" "the model answering"
-for question in "Who are you?" "Tom has 6 bags of 7 apples. He eats 5 apples. How many apples does Tom have now?"; do
+for question in "Who are you?" "Tom has 6 bags with 7 apples in each bag. He eats 5. How many apples does Tom have now?"; do
     echo "> $question"
     python scripts/chat.py --model "$run/rl" --temperature 0 -p "$question"
 done
