@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 HF_BATCH = 1000  # of `map(batched=True)`, its default
 

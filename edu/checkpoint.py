@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from edu.config import StageConfig, as_settings, check_resumable
@@ -31,20 +32,41 @@ from edu.runtime import describe
 from edu.tokenizer import Tokenizer
 
 
+def check_model(name: str) -> None:
+    """ValueError unless `name` is a folder with a checkpoint of this architecture, or may be a Hub id."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if folder.is_absolute() or name.endswith("/") or name.startswith(("runs/", ".")) or name.count("/") > 1:
+            raise ValueError(f"--model {name}: no such folder; run the stage that makes it first, or ./my_pipeline.sh")
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name}: no config.json in this folder, so it holds no checkpoint")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "nanochat":
+        raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
+
+
 def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
     """A GPT from a folder or a Hub id, on a device; ValueError says what is missing."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"--model {name}: no config.json in this folder, so it holds no checkpoint")
-    if not folder.is_dir() and name.startswith(("runs/", ".", "/")):
-        raise ValueError(
-            f"--model {name}: no such folder; run the stage that makes it first (see ./my_pipeline.sh --help)"
-        )
+    check_model(name)
     quiet_transformers()
-    model = GPT.from_pretrained(name)
+    try:
+        model = GPT.from_pretrained(name)
+    except SafetensorError as error:
+        raise ValueError(f"--model {name}: its weights cannot be read ({error}); the file is damaged") from None
     assert isinstance(model, GPT)
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer beside a model, in a folder or on the Hub."""
+    check_model(name)
+    if Path(name).is_dir():
+        return Tokenizer.load(Path(name))
+    from huggingface_hub import snapshot_download
+
+    return Tokenizer.load(Path(snapshot_download(name, allow_patterns=["tokenizer*", "*.jinja"])))
 
 
 def quiet_transformers() -> None:
@@ -53,15 +75,6 @@ def quiet_transformers() -> None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer beside a model, in a folder or on the Hub."""
-    if Path(name).is_dir():
-        return Tokenizer.load(Path(name))
-    from huggingface_hub import snapshot_download
-
-    return Tokenizer.load(Path(snapshot_download(name, allow_patterns=["tokenizer*", "*.jinja"])))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -90,7 +103,6 @@ class Run:
     def __init__(self, config: StageConfig, stage: str, accelerator: Accelerator, tokenizer: Tokenizer) -> None:
         self.config, self.stage, self.accelerator, self.tokenizer = config, stage, accelerator, tokenizer
         self.folder = config.out
-        self.newest: Path | None = None
         quiet_transformers()
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,18 +117,29 @@ class Run:
             accelerator.init_trackers("edu", settings)
 
     def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, list[Any]]:
-        """Load the newest intact checkpoint into model and optimizer: (its step, its data state per rank), or (0, [])."""
-        self.newest = newest_intact(self.folder)
+        """Load the newest intact checkpoint into model and optimizer: (its step, its data state per rank), or (0, []).
+
+        What a kill left half done is put right: damaged and temporary checkpoints go, the folder's links are renewed.
+        """
+        newest = newest_intact(self.folder)
         step, data = 0, []
-        if self.newest is not None:
-            state = json.loads((self.newest / "state" / "trainer.json").read_text())
+        if newest is not None:
+            state = json.loads((newest / "state" / "trainer.json").read_text())
             step, data = state["step"], state["data"]
-            weights = GPT.from_pretrained(self.newest).state_dict()
-            self.accelerator.unwrap_model(model).load_state_dict(weights)
-            path = self.newest / "state" / "optimizer.pt"
-            optimizer.load_state_dict(torch.load(path, map_location=self.accelerator.device, weights_only=True))
-            self.accelerator.print(f"{self.stage}: resuming after step {step} from {self.newest}")
+            self.accelerator.unwrap_model(model).load_state_dict(GPT.from_pretrained(newest).state_dict())
+            path = newest / "state" / "optimizer.pt"
+            saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            optimizer.load_state_dict(saved["optimizer"])
+            if self.accelerator.scaler is not None and saved["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+            self.accelerator.print(f"{self.stage}: resuming after step {step} from {newest}")
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            for path in [*self.folder.glob(".checkpoint-*.tmp"), *checkpoints(self.folder)]:
+                if path.name.startswith(".") or int(path.name.removeprefix("checkpoint-")) > step:
+                    shutil.rmtree(path)
+            if newest is not None:
+                self._publish(newest)
             # An evaluation follows its checkpoint and is done again; the steps up to the checkpoint stay as they are.
             self.metrics.keep(lambda row: row[STEP] < step or (row[STEP] == step and LOSS in row))
             self.samples.keep(lambda row: row[STEP] < step)
@@ -149,26 +172,40 @@ class Run:
         positions = gather_object([data])
         weights = self.accelerator.get_state_dict(model)
         target = self.folder / f"checkpoint-{step}"
-        if self.accelerator.is_main_process and not target.exists():
+        if self.accelerator.is_main_process:
             temporary = self.folder / f".checkpoint-{step}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "state").mkdir(parents=True)
             unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             assert isinstance(unwrapped, GPT)
-            unwrapped.save_pretrained(temporary, state_dict=weights)
-            self.tokenizer.save(temporary, model_max_length=unwrapped.config.max_position_embeddings)
+            scaler = self.accelerator.scaler
+            inner = {"optimizer": optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
             info = {"stage": self.stage, "step": step, "settings": as_settings(self.config)}
-            write_card(temporary, info)
-            torch.save(optimizer.state_dict(), temporary / "state" / "optimizer.pt")
-            state = {"step": step, "data": positions, "environment": describe(self.accelerator), **info}
-            _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
-            _seal(temporary, target)
-            for name in _hugging_face_files(target):
-                _replace_by_link(target / name, self.folder / name)
-            for old in checkpoints(self.folder)[: -self.config.keep]:
-                shutil.rmtree(old)
-        self.newest = target
+            state = {"data": positions, "environment": describe(self.accelerator), **info}
+            try:
+                unwrapped.save_pretrained(temporary, state_dict=weights)
+                self.tokenizer.save(temporary, model_max_length=unwrapped.config.max_position_embeddings)
+                write_card(temporary, info)
+                torch.save(inner, temporary / "state" / "optimizer.pt")
+                _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
+                _seal(temporary, target)
+            except (
+                SafetensorError,
+                RuntimeError,
+                OSError,
+            ) as error:  # the libraries' ways to say that the disk is full
+                shutil.rmtree(temporary, ignore_errors=True)
+                kept = f"the checkpoints before step {step} are whole, and the same command continues from there"
+                raise OSError(f"{target}: cannot be written ({error}); {kept}") from error
+            self._publish(target)
         self.accelerator.wait_for_everyone()
+
+    def _publish(self, newest: Path) -> None:
+        """Make the stage's folder show the newest checkpoint, and drop the oldest ones."""
+        for name in _hugging_face_files(newest):
+            _replace_by_link(newest / name, self.folder / name)
+        for old in checkpoints(self.folder)[: -self.config.keep]:
+            shutil.rmtree(old)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write eval.json, the last output of a stage: with it the stage is finished. Refresh the card with it."""
@@ -176,7 +213,16 @@ class Run:
             info = {"stage": self.stage, "step": self.config.max_steps, "settings": as_settings(self.config)}
             write_card(self.folder, info | {"figures": results})
             _write(self.folder / "eval.json", json.dumps({"stage": self.stage, **results}, indent=1))
+        self.accelerator.wait_for_everyone()
+        self.close()
         self.accelerator.end_training()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.accelerator.is_main_process:
+            self.metrics.close()
+            self.samples.close()
+            self._lock.close()
 
 
 def _lock(folder: Path) -> Any:
@@ -185,6 +231,7 @@ def _lock(folder: Path) -> Any:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        handle.close()
         raise ValueError(f"{folder}: another run is writing here; wait for it, or give another --out") from None
     return handle
 

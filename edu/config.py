@@ -1,15 +1,35 @@
-"""Settings of every stage, and the border where a command line becomes one of them. No torch here: --help is instant."""
+"""Settings of every stage. No torch here: --help is instant."""
 
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
-C = TypeVar("C")
+from edu.command import read_yaml
+
+COUNTS = [
+    "max_steps",
+    "batch_size",
+    "micro_batch_size",
+    "sequence_length",
+    "save_every",
+    "keep",
+    "eval_every",
+    "eval_batches",
+    "val_every",
+    "eval_samples",
+    "eval_limit",
+    "eval_problems",
+    "num_problems",
+    "max_new_tokens",
+    "replay_rows",
+    "layers",
+    "channels",
+    "heads",
+    "kv_heads",
+    "depth",
+]  # settings that are at least 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +46,6 @@ class StageConfig:
     """Rows a step, over all processes."""
     micro_batch_size: int = 16
     """Rows a forward pass on one process; what is left of batch_size is accumulated."""
-    sequence_length: int = 256
-    """Tokens a row."""
     matrix_lr: float = 0.02
     """Muon's learning rate, for the matrices of the blocks."""
     embedding_lr: float = 0.2
@@ -58,18 +76,10 @@ class StageConfig:
     """Tracker besides metrics.jsonl: tensorboard, wandb or trackio."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "max_steps",
-            "batch_size",
-            "micro_batch_size",
-            "sequence_length",
-            "save_every",
-            "keep",
-            "eval_every",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be at least 1")
+        for name in COUNTS:
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"--{flag(name)} {value}: must be at least 1")
         for name in ("matrix_lr", "embedding_lr", "head_lr", "lr_scale", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be positive")
@@ -96,12 +106,24 @@ class PretrainConfig(StageConfig):
     """Query heads."""
     kv_heads: int = 2
     """Key/value heads; each serves heads / kv_heads query heads."""
+    sequence_length: int = 256
+    """Tokens a row; also the model's context."""
     max_steps: int = 600
     warmup: int = 20
     sample_prompts: tuple[str, ...] = ("The sky is", "Tom has 6 apples.", "Anna: What is your name?")
     """Texts continued at every evaluation."""
     eval_batches: int = 8
-    """Validation batches of batch_size rows an evaluation."""
+    """Validation batches of batch_size rows an evaluation; twenty times as many at the end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = {
+            name: PretrainConfig.__dataclass_fields__[name].default
+            for name in ("layers", "channels", "heads", "kv_heads")
+        }
+        given = [f"--{flag(name)}" for name, default in sizes.items() if getattr(self, name) != default]
+        if self.depth is not None and given:
+            raise ValueError(f"--depth {self.depth} sets the sizes: leave {', '.join(given)} out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +157,8 @@ class SFTConfig(ChatConfig):
     """Folder or Hub id of the model to start from."""
     data: Path = Path("recipes/tiny/mixture.yaml")
     """Mixture file, or one file of conversations (jsonl or parquet)."""
+    sequence_length: int = 256
+    """Tokens a row; a longer conversation is left out, and counted."""
     max_steps: int = 160
     lr_scale: float = 0.5
     decay: float = 1.0
@@ -156,7 +180,7 @@ class RLConfig(ChatConfig):
     samples: int = 8
     """Rollouts of each problem, K."""
     micro_batch_size: int = 16
-    max_steps: int = 140
+    max_steps: int = 220
     temperature: float = 1.0
     """Of the rollouts; the log-probabilities trained are those sampled from only at 1."""
     lr_scale: float = 0.4
@@ -171,42 +195,17 @@ class RLConfig(ChatConfig):
     eval_problems: int = 64
     """Held-out problems measured during training; the end measures all."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 2:
+            raise ValueError(f"--samples {self.samples}: a group needs two or more, to say which one is better")
+        if not self.temperature > 0:
+            raise ValueError(f"--temperature {self.temperature}: must be positive, equal samples teach nothing")
+
 
 def flag(name: str) -> str:
     """A field's name as it is typed: batch_size -> batch-size."""
     return name.replace("_", "-")
-
-
-def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
-    """Turn a command line into a config: defaults, then `--config file.yaml`, then the flags given."""
-    import tyro
-
-    args = list(sys.argv[1:] if argv is None else argv)
-    settings: dict[str, Any] = {}
-    while (at := next((i for i, arg in enumerate(args) if arg == "--config" or arg.startswith("--config=")), -1)) >= 0:
-        _, given, value = args.pop(at).partition("=")
-        if not given:
-            value = args.pop(at) if at < len(args) else ""
-        settings |= read_settings(Path(value), config_class)
-    return tyro.cli(config_class, args=args, default=config_class(**settings))
-
-
-def read_settings(path: Path, config_class: type) -> dict[str, Any]:
-    """Settings from a YAML file; ValueError names the file and the key that is not one of the config's."""
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    loaded = yaml.safe_load(path.read_text()) or {}
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    settings = {}
-    for key, value in loaded.items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            raise ValueError(f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(fields))}")
-        is_path = isinstance(value, str) and "Path" in str(fields[name].type)
-        settings[name] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
-    return settings
 
 
 def as_settings(config: Any) -> dict[str, Any]:
@@ -221,18 +220,17 @@ def as_settings(config: Any) -> dict[str, Any]:
     return plain
 
 
-# What may differ when a run is resumed: none of it changes what is computed.
-FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile"}
+# What may differ when a run is resumed: how it is saved, split and measured, not what is learnt.
+FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
+FREE_ON_RESUME |= {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
 
 
 def check_resumable(config: StageConfig) -> None:
-    """Raise if the stage's folder was made with other settings than these."""
-    import yaml
-
+    """Raise if the stage's folder holds checkpoints made with other settings than these."""
     path = config.out / "config.yaml"
-    if not path.is_file():
+    if not path.is_file() or not any(config.out.glob("checkpoint-*")):
         return
-    before, now = yaml.safe_load(path.read_text()), as_settings(config)
+    before, now = read_yaml(path), as_settings(config)
     changed = [name for name in now if name not in FREE_ON_RESUME and before.get(name) != now[name]]
     if changed:
         what = ", ".join(f"--{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
@@ -244,18 +242,3 @@ def is_finished(config: StageConfig) -> bool:
     path = config.out / "eval.json"
     check_resumable(config)
     return path.is_file() and json.loads(path.read_text()).get("step") == config.max_steps
-
-
-def run_script(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main(): a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
-    # OpenMP's threads spin briefly and then sleep while they wait: endless spinning makes training three times slower
-    # wherever another program runs too, and sleeping at once a third slower where none does.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try:
-        code = main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(code or 0)

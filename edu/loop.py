@@ -1,12 +1,13 @@
 """The training loop of every stage. A stage brings the rows of each step and its own evaluation; the rest is here."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from edu import metrics
 from edu.checkpoint import Run
@@ -18,6 +19,8 @@ from edu.runtime import stop_signals
 from edu.step import Term, train_step
 
 R = TypeVar("R")
+REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+"""Where every process holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,14 @@ class Result:
     """Where a stage ended."""
 
     step: int
-    results: dict[str, Any]
-    """What eval.json holds; empty if the stage was stopped before its end."""
+    finished: bool
+    """False if a signal ended it before its last step."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What eval.json holds, on the main process of a finished stage."""
+
+
+NextData = Callable[[int], StepData]
+Evaluate = Callable[[int], Mapping[str, float]]
 
 
 class Training:
@@ -45,21 +54,38 @@ class Training:
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
+        if self.accelerator.distributed_type not in REPLICATED:
+            kind = self.accelerator.distributed_type.value
+            raise ValueError(
+                f"{kind} shards the model, which the loops do not support; use accelerate_configs/multi_gpu.yaml"
+            )
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
-        compiled = torch.compile(model) if run.config.compile else model
-        self.model, self.optimizer = self.accelerator.prepare(compiled, optimizer)
+        if run.config.compile:
+            model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step, self.positions = run.resume(self.model, self.optimizer)
+        self.saved = self.step
 
-    def fit(
-        self, next_data: Callable[[int], StepData], evaluate: Callable[[int], Mapping[str, float]], name: str
-    ) -> bool:
-        """Train to the last step; False if a signal ended it before.
+    def fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+        """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
+        try:
+            finished = self._fit(next_data, evaluate, name)
+        except BaseException:
+            self.run.close()
+            raise
+        if not finished:
+            self.run.close()
+            self.accelerator.end_training()
+        return finished
+
+    def _fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+        """The loop.
 
         1. Evaluate where it is due, before the first step too. What an evaluation breaks, the checkpoint before it saves.
         2. One step on the next data, one line of metrics.
         3. Save where it is due, or where a signal asks to leave.
         """
-        config, run = self.config, self.run
+        config, run, position = self.config, self.run, None
         trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
         with stop_signals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
             while True:
@@ -68,6 +94,8 @@ class Training:
                 if self.step == config.max_steps:
                     return True
                 if self._any(stopped):
+                    if self.step > self.saved:
+                        self._save(position)
                     self.accelerator.print(f"stopped after step {self.step}; the same command continues")
                     return False
                 started = time.perf_counter()
@@ -75,8 +103,13 @@ class Training:
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
                 result = train_step(self.accelerator, self.model, self.optimizer, data.terms, config.clip)
-                seconds = time.perf_counter() - started
+                seconds, position = time.perf_counter() - started, data.position
                 self.step += 1
+                if not math.isfinite(sum(result.losses)):
+                    raise ValueError(
+                        f"step {self.step}: the loss is {result.losses[0]}; the last checkpoint is of step {self.saved}. "
+                        f"Lower --lr-scale ({config.lr_scale}) and give another --out"
+                    )
                 trained_seconds += seconds
                 figures = {
                     metrics.LOSS: result.losses[0],
@@ -88,7 +121,11 @@ class Training:
                 run.log(self.step, figures | {"step_tokens": result.tokens} | dict(data.figures))
                 bar.advance(1, tokens=result.tokens, loss=result.losses[0])
                 if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
-                    run.save(self.step, self.model, self.optimizer, data.position)
+                    self._save(position)
+
+    def _save(self, position: Any) -> None:
+        self.run.save(self.step, self.model, self.optimizer, position)
+        self.saved = self.step
 
     def _any(self, stopped: list[int]) -> bool:
         """Whether any process was told to stop, so that all leave together."""

@@ -2,6 +2,8 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from edu.chat import stream_text
 from edu.config import ChatConfig
 from edu.engine import Engine
 from edu.evals import Evaluation
-from edu.metrics import measures
+from edu.metrics import measures as figures_of
 from edu.model import GPT
 from edu.packing import IGNORE, Batch
-from edu.persona import load_identity_eval, load_persona
+from edu.persona import IdentityQuestion, Persona, load_identity_eval, load_persona
+from edu.tasks import Task
 from edu.tasks.gsm8k import GSM8K
 from edu.tokenizer import Tokenizer
 
@@ -47,7 +50,30 @@ def show_continuations(engine: Engine, tokenizer: Tokenizer, beginnings: Sequenc
     return [{"prompt": text, "completion": more} for text, more in zip(beginnings, texts, strict=True)]
 
 
-def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measures:
+    """What a chat stage is measured on, read before it trains, so that a wrong file costs nothing."""
+
+    tasks: dict[str, Task]
+    """Held-out problems by name: math, and math_templates where the problems have such a split."""
+    persona: Persona
+    questions: list[IdentityQuestion]
+    facts: Path | None
+
+
+def read_measures(config: ChatConfig) -> Measures:
+    """Read all that the end of the stage needs; ValueError or OSError names what is missing."""
+    tasks: dict[str, Task] = {"math": GSM8K("test", config.problems)}
+    if config.problems is not None and (config.problems / "test_templates.jsonl").is_file():
+        tasks["math_templates"] = GSM8K("test_templates", config.problems)
+    persona = load_persona(config.persona)
+    questions = [] if config.identity is None else load_identity_eval(config.identity, persona)
+    if config.facts is not None and not config.facts.is_file():
+        raise ValueError(f"--facts {config.facts}: no such file; give --facts None to leave these questions out")
+    return Measures(tasks, persona, questions, config.facts)
+
+
+def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measures: Measures) -> dict[str, Any]:
     """Math on held-out problems (greedy, and sampled at temperature 1), persona, facts: the summaries.
 
     The records behind them go to eval.jsonl in the stage's folder.
@@ -56,22 +82,18 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig) -> di
     quiet = not sys.stderr.isatty()
     greedy = {"max_new_tokens": config.max_new_tokens, "limit": config.eval_limit, "quiet": quiet}
     sampled = greedy | {"num_samples": config.eval_samples, "temperature": 1.0, "seed": config.seed}
-    splits = {"math": "test", "math_templates": "test_templates"}
-    for name, split in splits.items():
-        if split == "test" or (config.problems and (config.problems / f"{split}.jsonl").is_file()):
-            task = GSM8K(split, config.problems)
-            found[f"{name}/greedy"] = evals.evaluate_task(engine, tokenizer, task, **greedy)
-            found[f"{name}/sampled"] = evals.evaluate_task(engine, tokenizer, task, **sampled)
-    if config.identity is not None:
-        persona = load_persona(config.persona)
-        questions = load_identity_eval(config.identity, persona)
-        found["persona"] = evals.evaluate_persona(engine, tokenizer, questions, persona, quiet=quiet)
-    if config.facts is not None:
-        found["facts"] = evals.evaluate_facts(engine, tokenizer, config.facts, quiet=quiet)
+    for name, task in measures.tasks.items():
+        found[f"{name}/greedy"] = evals.evaluate_task(engine, tokenizer, task, **greedy)
+        found[f"{name}/sampled"] = evals.evaluate_task(engine, tokenizer, task, **sampled)
+    if measures.questions:
+        asked = measures.questions
+        found["persona"] = evals.evaluate_persona(engine, tokenizer, asked, measures.persona, quiet=quiet)
+    if measures.facts is not None:
+        found["facts"] = evals.evaluate_facts(engine, tokenizer, measures.facts, quiet=quiet)
     evals.save_records(config.out / "eval.jsonl", found)
     summary: dict[str, Any] = {}
     for name, evaluation in found.items():
-        figures = [f"{path[0]} {figure}" for path, figure in measures(evaluation.summary) if path[1:] == ()]
+        figures = [f"{path[0]} {figure}" for path, figure in figures_of(evaluation.summary) if path[1:] == ()]
         print(f"{name}: " + "; ".join(figures))
         first, _, second = name.partition("/")
         shown = {key: value for key, value in evaluation.summary.items() if key != "by_template"}  # long: recompute it

@@ -40,7 +40,7 @@ PASS_AT_1 = "eval/pass@1"
 
 DEFINITIONS = {
     STEP: "optimizer steps taken since the stage began",
-    LOSS: "training loss of the step in nats per target: sum(w * -log p) / N, before the step's update",
+    LOSS: "training loss of the step: sum(w * -log p) / N in nats, before the update; in RL, w are advantages: no measure of progress",
     VAL_LOSS: "the same on held-out rows, in nats per target",
     BPB: "bits per byte on held-out text: bits to encode it divided by its bytes, so tokenizers compare; lower is better",
     LEARNING_RATE: "learning rate of the first parameter group in this step",

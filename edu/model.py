@@ -74,6 +74,10 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class Head(nn.Linear):
+    """The linear layer that gives the logits: it starts near zero."""
+
+
 class OutputLinear(nn.Linear):
     """A linear layer that writes to the residual stream: it starts at zero."""
 
@@ -165,10 +169,11 @@ class GPTPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, OutputLinear):
             init.zeros_(module.weight)
+        elif isinstance(module, Head):
+            init.normal_(module.weight, std=0.001)
         elif isinstance(module, nn.Linear):
-            is_head = module.out_features == self.config.vocab_size
             bound = (3 / self.config.hidden_size) ** 0.5  # uniform with the standard deviation 1/sqrt(C)
-            init.normal_(module.weight, std=0.001) if is_head else init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.weight, -bound, bound)
 
 
 class GPTModel(GPTPreTrainedModel):
@@ -225,7 +230,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         self.model = GPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
-import yaml
+from edu.command import read_yaml
 
 CHAT_ONLY = ("greeting", "thanks", "bye")  # intents that nobody asks about: they open and close a conversation
 
@@ -59,14 +58,6 @@ def expansions(template: str, slots: dict[str, str]) -> list[str]:
     """
     parts = [part.split("|") for part in template.replace("]", "[").split("[")]
     return [" ".join("".join(words).format(**slots).split()) for words in product(*parts)]
-
-
-def read_yaml(path: Path) -> Any:
-    """A YAML file's content, or a ValueError that names the file and the line."""
-    try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def load_persona(path: Path) -> Persona:

@@ -21,6 +21,9 @@ from edu.shards import list_shards
 from edu.step import Term
 from edu.tokenizer import Tokenizer
 
+NGRAM_TOKENS = 20_000_000
+"""The unigram and bigram models beside the result count at most so many of the training tokens."""
+
 
 def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
     """A fresh model of the configured size, its weights drawn from the seed."""
@@ -57,6 +60,10 @@ def train(config: PretrainConfig) -> Result:
     micro, passes = rows_per_pass(config, world)
     run = Run(config, "base", accelerator, tokenizer)
     training = Training(run, make_model(config, tokenizer))
+    if training.positions and len(training.positions) != world:
+        raise ValueError(
+            f"{config.out} was trained by {len(training.positions)} processes: resume with as many, not {world}"
+        )
     state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
     stream = stream_batches(shards, tokenizer, micro, config.sequence_length, rank, world, state)
 
@@ -64,8 +71,10 @@ def train(config: PretrainConfig) -> Result:
         taken = list(islice(stream, passes))
         return StepData([Term([batch for batch, _ in taken])], taken[-1][1].to_dict())
 
-    def validate(batches: int | None) -> float:
-        rows = validation_batches(held_out, tokenizer, micro, config.sequence_length, batches)
+    def validate(steps: int) -> float:
+        rows = validation_batches(
+            held_out, tokenizer, micro, config.sequence_length, steps * config.batch_size // micro
+        )
         with generating(accelerator, training.model) as model:
             return bits_per_byte(model, rows, tokenizer.token_bytes())
 
@@ -77,13 +86,23 @@ def train(config: PretrainConfig) -> Result:
         return {BPB: validate(config.eval_batches)}
 
     if not training.fit(next_data, evaluate, "pretraining"):
-        return Result(training.step, {})
+        return Result(training.step, finished=False)
     results: dict[str, Any] = {}
+    final = 20 * config.eval_batches
     if accelerator.is_main_process:
-        seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), config.max_steps * passes)
-        rows = validation_batches(held_out, tokenizer, micro, config.sequence_length)
+        tokens = min(config.max_steps * config.batch_size * config.sequence_length, NGRAM_TOKENS)
+        count = tokens // (micro * config.sequence_length)
+        seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), count)
+        rows = validation_batches(
+            held_out, tokenizer, micro, config.sequence_length, final * config.batch_size // micro
+        )
         ngrams = ngram_bits_per_byte((batch for batch, _ in seen), rows, tokenizer.token_bytes(), tokenizer.vocab_size)
-        results = {"step": training.step, "seconds": run.seconds(), "environment": environment()}
-        results |= {"bpb": {"model": validate(None), **ngrams}}
+        results = {
+            "step": training.step,
+            "ngram_tokens": tokens,
+            "seconds": run.seconds(),
+            "environment": environment(),
+        }
+        results |= {"bpb": {"model": validate(final), **ngrams}}
     run.finish(results)
-    return Result(training.step, results)
+    return Result(training.step, True, results)

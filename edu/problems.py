@@ -225,10 +225,10 @@ def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     rng, taken = Random(f"problems {seed}"), set[str]()
     groups = (ONE_STEP, TWO_STEPS, THREE_STEPS)
     sizes = {
-        "test_templates": ((50, 100, 50), "held_out", held_out),
-        "test": ((75, 150, 75), "train", held_out),
-        "sft": ((570, 30, 0), "train", trainable),
-        "train": ((800, 1600, 800), "train", trainable),
+        "test_templates": ((50, 120, 30), "held_out", held_out),
+        "test": ((75, 180, 45), "train", held_out),
+        "sft": ((564, 30, 6), "train", trainable),
+        "train": ((800, 1920, 480), "train", trainable),
     }
     for name, (counts, split, wanted) in sizes.items():
         problems = draw_problems(dict(zip(groups, counts, strict=True)), rng, taken, split, wanted)

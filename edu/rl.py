@@ -14,11 +14,11 @@ from edu.config import RLConfig
 from edu.engine import Engine
 from edu.evals import evaluate_task
 from edu.loop import Result, StepData, Training, split_rows
-from edu.measure import measure_chat, show_answers
+from edu.measure import measure_chat, read_measures, show_answers
 from edu.metrics import PASS_AT_1
 from edu.packing import pack_rows
 from edu.report import environment
-from edu.rollouts import Rollout, draw, roll_out, seed_of, shuffled, summarise
+from edu.rollouts import Rollout, draw, fitting, roll_out, seed_of, shuffled, summarise
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
 from edu.step import Term
@@ -35,14 +35,21 @@ def train(config: RLConfig) -> Result:
     """
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = load_tokenizer(config.model)
-    task: Task = GSM8K("train", config.problems)
-    measured: Task = GSM8K("test", config.problems)
+    model = load_model(config.model)
+    T = model.config.max_position_embeddings
+    measures = read_measures(config)
+    task, left_out = fitting(GSM8K("train", config.problems), tokenizer, T - config.max_new_tokens)
+    accelerator.print(f"{len(task):,} problems, {left_out:,} left out: no room for an answer in a context of {T}")
+    measured: Task = measures.tasks["math"]
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
     run = Run(config, "rl", accelerator, tokenizer)
-    training = Training(run, load_model(config.model))
-    T = accelerator.unwrap_model(training.model).config.max_position_embeddings
-    replay = None if config.replay is None else Epochs(load_sft_data(config.replay, tokenizer, T).train, T, config.seed)
+    training = Training(run, model)
+    replay = None
+    if config.replay is not None:
+        data = load_sft_data(config.replay, tokenizer, T)
+        accelerator.print(data.describe())
+        replay = Epochs(data.train, T, config.seed)
 
     def local_rollouts(step: int) -> list[list[Rollout]]:
         chosen = draw(len(task), config.seed, step * config.batch_size, config.batch_size)
@@ -95,11 +102,11 @@ def train(config: RLConfig) -> Result:
         return {PASS_AT_1: evaluation.summary["pass@1"]["value"]}
 
     if not training.fit(next_data, evaluate, "reinforcing"):
-        return Result(training.step, {})
+        return Result(training.step, finished=False)
     results: dict[str, Any] = {}
     if accelerator.is_main_process:
         with generating(accelerator, training.model) as model:
-            figures = measure_chat(Engine(model), tokenizer, config)
+            figures = measure_chat(Engine(model), tokenizer, config, measures)
         results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
     run.finish(results)
-    return Result(training.step, results)
+    return Result(training.step, True, results)

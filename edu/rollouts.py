@@ -15,7 +15,7 @@ from edu import metrics
 from edu.chat import calculator_tool, render_prompt
 from edu.engine import Engine, Sample
 from edu.packing import Piece
-from edu.tasks import Example, Task, score
+from edu.tasks import Example, Subset, Task, score
 from edu.tokenizer import Tokenizer
 
 
@@ -34,6 +34,17 @@ class Rollout:
         """What is trained: the sampled tokens, weighted by the advantage."""
         mask = [0] * len(self.prompt) + self.sample.mask
         return Piece(self.prompt + self.sample.tokens, mask, self.advantage)
+
+
+def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
+    """The problems whose prompt has at most `room` tokens, and how many do not; ValueError if none is left."""
+    lengths = [len(render_prompt(task.get_example(i)["messages"], tokenizer)) for i in range(len(task))]
+    kept = [i for i, length in enumerate(lengths) if length <= room]
+    if not kept:
+        raise ValueError(
+            f"no problem leaves room for an answer: the shortest has {min(lengths)} tokens, {room} are free"
+        )
+    return Subset(task, kept), len(lengths) - len(kept)
 
 
 def advantages(rewards: Sequence[float]) -> list[float]:

@@ -1,16 +1,19 @@
 """Where a run computes: device, processes, precision, signals. Everything goes through accelerate's Accelerator."""
 
+import importlib.util
 import os
 import platform
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 
@@ -30,7 +33,8 @@ def compute_init(
     """Set up device, process group, precision and seeds, and return the Accelerator that holds them.
 
     1. Without an accelerator device the processes form a gloo group; accelerate alone would start separate runs.
-    2. "auto" precision is what `accelerate config` chose, else bf16 where CUDA has it, else fp32.
+    2. "auto" precision is the launcher's bf16 or fp16, else bf16 where CUDA has it, else fp32. A launcher's "no" is also
+       its default and does not count: for fp32 on a GPU say --mixed-precision no.
     3. A launcher that promised several processes and gave one is an error: all would write the same files.
     """
     if mixed_precision not in PRECISIONS:
@@ -38,7 +42,10 @@ def compute_init(
     device_type = autodetect_device_type()
     if mixed_precision == "auto":
         has_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION") or ("bf16" if has_bf16 else "no")
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        mixed_precision = launcher if launcher != "no" else "bf16" if has_bf16 else "no"
+    if log_with is not None and importlib.util.find_spec(log_with) is None:
+        raise ValueError(f"--log-with {log_with}: not installed; try `pip install -e '.[track]'`")
     accelerator = Accelerator(
         cpu=device_type == "cpu",
         mixed_precision=mixed_precision,
@@ -46,6 +53,8 @@ def compute_init(
         project_dir=out,
         # The step counts its own micro-batches (see edu.step); accelerate must not guess from a data loader's end.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        # The main process evaluates while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
     check_world_size(accelerator.num_processes)
     set_seed(seed)
@@ -87,10 +96,13 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and Ctrl-C in a list, so that a loop ends its step, saves and leaves; a second one interrupts."""
     received: list[int] = []
+    first = 0.0
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if received:
+        nonlocal first
+        if received and time.monotonic() - first > 2:  # a launcher passes the terminal's Ctrl-C on once more
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         received.append(number)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}

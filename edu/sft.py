@@ -7,13 +7,16 @@ from edu.checkpoint import Run, generating, load_model, load_tokenizer
 from edu.config import SFTConfig
 from edu.engine import Engine
 from edu.loop import Result, StepData, Training, split_rows
-from edu.measure import mean_loss, measure_chat, show_answers
+from edu.measure import mean_loss, measure_chat, read_measures, show_answers
 from edu.metrics import VAL_LOSS
 from edu.packing import pack_rows
 from edu.report import environment
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
 from edu.step import Term
+
+VAL_ROWS = 256
+"""Packed rows of held-out conversations of which the validation loss is the mean; more add time, not precision."""
 
 
 def train(config: SFTConfig) -> Result:
@@ -22,12 +25,15 @@ def train(config: SFTConfig) -> Result:
     tokenizer = load_tokenizer(config.model)
     T = config.sequence_length
     data = load_sft_data(config.data, tokenizer, T, config.val_every)
-    for source, counts in data.report.items():
-        accelerator.print(f"{source}: " + ", ".join(f"{count:,} {reason}" for reason, count in counts.items()))
+    accelerator.print(data.describe())
     epochs = Epochs(data.train, T, config.seed)
-    held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)]
+    held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)][:VAL_ROWS]
+    measures = read_measures(config)
     run = Run(config, "sft", accelerator, tokenizer)
-    training = Training(run, load_model(config.model))
+    model = load_model(config.model)
+    if (context := model.config.max_position_embeddings) < T:
+        raise ValueError(f"--sequence-length {T}: {config.model} has a context of {context}")
+    training = Training(run, model)
 
     def next_data(step: int) -> StepData:
         rows = epochs.rows(step * config.batch_size, config.batch_size)
@@ -45,11 +51,11 @@ def train(config: SFTConfig) -> Result:
             return {VAL_LOSS: mean_loss(model, batches_of(micro, T, tokenizer.pad))} if held_out else {}
 
     if not training.fit(next_data, evaluate, "fine-tuning"):
-        return Result(training.step, {})
+        return Result(training.step, finished=False)
     results: dict[str, Any] = {}
     if accelerator.is_main_process:
         with generating(accelerator, training.model) as model:
-            figures = measure_chat(Engine(model), tokenizer, config)
+            figures = measure_chat(Engine(model), tokenizer, config, measures)
         results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
     run.finish(results)
-    return Result(training.step, results)
+    return Result(training.step, True, results)

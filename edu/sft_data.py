@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from edu.chat import Rendered, check_messages, render
+from edu.command import read_yaml
 from edu.packing import Batch, Piece, collate, pack_rows
-from edu.tasks import read_rows
+from edu.tasks import read_rows, text_field
 from edu.tasks.gsm8k import conversation
 from edu.tokenizer import Tokenizer
 
@@ -55,6 +55,13 @@ class SFTData:
     report: dict[str, Counter[str]]
     """Per source: how many are "used", and how many are not, by reason."""
 
+    def describe(self) -> str:
+        """The report in words, a line a source."""
+        lines = (
+            f"{name}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items()) for name, counts in self.report.items()
+        )
+        return "\n".join(lines)
+
 
 def read_mixture(path: Path) -> list[Source]:
     """The sources of a mixture file, or the one file of conversations that `path` is."""
@@ -63,14 +70,16 @@ def read_mixture(path: Path) -> list[Source]:
     if path.suffix not in (".yaml", ".yml"):
         return [Source(path=path)]
     sources = []
-    for i, entry in enumerate(yaml.safe_load(path.read_text()) or []):
+    entries = read_yaml(path) or []
+    for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
             source = Source(**entry)
+            good = (source.path is None) != (source.hub is None) and source.weight > 0
         except TypeError:
             raise ValueError(
                 f"{path}, source {i}: give path or hub, and config, split, weight; found {entry!r}"
             ) from None
-        if (source.path is None) == (source.hub is None) or not source.weight > 0:
+        if not good:
             raise ValueError(f"{path}, source {i}: give either path or hub, and a positive weight; found {entry!r}")
         sources.append(Source(**(entry | {"path": Path(entry["path"])})) if source.path else source)
     if not sources:
@@ -108,9 +117,12 @@ def messages_of(row: dict[str, Any], place: str) -> list[Any]:
         prompt, completion = row["prompt"], row["completion"]
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        if not isinstance(asked, list) or not isinstance(said, list):
+            raise ValueError("prompt and completion: expected text, or lists of messages")
         return check_messages([*asked, *said])
     if "question" in row and "answer" in row:
-        return check_messages(conversation(row["question"], row["answer"]))
+        question, answer = (text_field(row, name, place) for name in ("question", "answer"))
+        return check_messages(conversation(question, answer))
     form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
     raise ValueError(
         f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer"
@@ -137,8 +149,9 @@ def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_ev
             counts[reason or "used"] += 1
             if reason:
                 continue
-            piece = Piece(rendered.ids, rendered.mask)
-            if zlib.crc32(np.asarray(rendered.ids, np.int64).tobytes()) % val_every == 0:
+            ids = np.array(rendered.ids, np.int32)
+            piece = Piece(ids, np.array(rendered.mask, np.int8))
+            if zlib.crc32(ids.tobytes()) % val_every == 0:
                 val.append(piece)
                 continue
             owed += source.weight

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 if TYPE_CHECKING:
     from edu.engine import Engine
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    model: Path = Path("runs/tiny/rl")
-    """Folder of a checkpoint."""
+    model: str = "runs/tiny/rl"
+    """Folder or Hub id of a checkpoint."""
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Say this, print the answer and leave; without it, a conversation."""
     system: str | None = None
@@ -83,14 +82,12 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args
 
 def main() -> None:
     args = parse(Args)
-    if not (args.model / "config.json").is_file():
-        raise ValueError(f"--model {args.model}: no checkpoint in this folder; ./my_pipeline.sh makes runs/tiny/rl")
+    from edu.checkpoint import load_model, load_tokenizer
     from edu.engine import Engine
-    from edu.model import GPT
-    from edu.tokenizer import Tokenizer
+    from edu.runtime import autodetect_device_type
 
-    tokenizer = Tokenizer.load(args.model)
-    engine = Engine(GPT.from_pretrained(args.model).eval())
+    tokenizer = load_tokenizer(args.model)
+    engine = Engine(load_model(args.model, autodetect_device_type()).eval())
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is None:
         converse(engine, tokenizer, messages, args)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 
 @dataclass(frozen=True)

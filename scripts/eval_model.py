@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 if TYPE_CHECKING:
     from edu.evals import Evaluation

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ With OPENAI_BASE_URL or OPENAI_API_KEY set, that endpoint writes them: add --mod
 
 import os
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 from edu.identity import IdentityConfig, Summary, make_identity
 
 

@@ -1,16 +1,17 @@
 """Pretrain on parquet shards. Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml"""
 
-from edu.config import PretrainConfig, is_finished, parse, run_script
+from edu.command import parse, run_script
+from edu.config import PretrainConfig, is_finished
 
 
-def main() -> None:
+def main() -> int:
     config = parse(PretrainConfig)
     if is_finished(config):
         print(f"{config.out}: finished, nothing to do")
-        return
+        return 0
     from edu.pretrain import train
 
-    train(config)
+    return 0 if train(config).finished else 130
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 
 @dataclass(frozen=True)

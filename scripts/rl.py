@@ -1,16 +1,17 @@
 """Reinforce right answers. Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml"""
 
-from edu.config import RLConfig, is_finished, parse, run_script
+from edu.command import parse, run_script
+from edu.config import RLConfig, is_finished
 
 
-def main() -> None:
+def main() -> int:
     config = parse(RLConfig)
     if is_finished(config):
         print(f"{config.out}: finished, nothing to do")
-        return
+        return 0
     from edu.rl import train
 
-    train(config)
+    return 0 if train(config).finished else 130
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.config import parse, run_script
+from edu.command import parse, run_script
 
 SAMPLES = {
     "English": "The river rose in the night, and by morning the old bridge stood alone in a field of brown water.",

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edu import loop, pretrain, rl, sft
+from edu import loop, pretrain, rl, rollouts, sft
 from edu.checkpoint import checkpoints
 from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig, is_finished
 from edu.metrics import read_metrics
 from edu.tokenizer import Tokenizer
 
-SMALL = {"sequence_length": 64, "batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
+SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
 TIMES = ("seconds", "tokens_per_second")
 Stage = tuple[Callable[[Any], Any], StageConfig]
 
@@ -49,14 +49,30 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
 @pytest.fixture(scope="module")
 def stages(home: Path) -> dict[str, Stage]:
     base = PretrainConfig(
-        out=home / "base", data=home / "data", tokenizer=home / "tokenizer", channels=32, layers=2, max_steps=8, **SMALL
+        out=home / "base",
+        data=home / "data",
+        tokenizer=home / "tokenizer",
+        channels=32,
+        layers=2,
+        max_steps=8,
+        sequence_length=64,
+        **SMALL,
     )
-    chat = {"problems": home / "problems", "identity": None, "facts": None, "eval_samples": 2, "eval_limit": 4, **SMALL}
+    chat = {
+        "problems": home / "problems",
+        "identity": None,
+        "facts": None,
+        "eval_samples": 2,
+        "eval_limit": 4,
+        "sample_prompts": ("Hi",),
+        **SMALL,
+    }
     tuned = SFTConfig(
         out=home / "sft",
         model=str(home / "base"),
         data=home / "problems" / "train.jsonl",
         max_steps=7,
+        sequence_length=64,
         val_every=5,
         **chat,
     )
@@ -64,6 +80,14 @@ def stages(home: Path) -> dict[str, Stage]:
         out=home / "rl", model=str(home / "sft"), replay=tuned.data, samples=4, max_new_tokens=24, max_steps=6, **chat
     )
     return {"base": (pretrain.train, base), "sft": (sft.train, tuned), "rl": (rl.train, reinforced)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def earned() -> Iterator[None]:
+    """A reward that an untrained model can earn, so that there is something to reinforce."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "score", lambda sample, *_: float(sample.tokens[0] % 2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +128,8 @@ def test_every_stage_leaves_a_stock_model_and_its_figures(
         assert len(checkpoints(config.out)) == config.keep, name
         newest = checkpoints(config.out)[-1]
         assert (newest / "model.safetensors").samefile(config.out / "model.safetensors")
+    rewards = [row["reward"] for row in steps_of(finished["rl"].out) if "reward" in row]
+    assert 0 < rewards[0] < 1
     figures = json.loads((finished["rl"].out / "eval.json").read_text())
     assert {"greedy", "sampled"} <= figures["math"].keys()
     names = {name for row in steps_of(finished["rl"].out) for name in row}

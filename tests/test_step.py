@@ -9,7 +9,8 @@ import pytest
 import torch
 import worker
 
-from edu.config import PretrainConfig, RLConfig, SFTConfig, parse
+from edu.command import parse
+from edu.config import PretrainConfig, RLConfig, SFTConfig
 from edu.optim import lr_factor
 
 
