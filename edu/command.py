@@ -23,7 +23,15 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
         if not given:
             value = args.pop(at) if at < len(args) else ""
         settings |= read_settings(Path(value), config_class)
-    return tyro.cli(config_class, args=args, default=config_class(**settings))
+    # tyro would frame what __post_init__ raises; parsed without it and made again, it stays one plain line.
+    unchecked = type(config_class.__name__, (config_class,), {"__doc__": config_class.__doc__, "__post_init__": _pass})
+    parsed = tyro.cli(unchecked, args=args, default=unchecked(**settings))
+    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
+    return config_class(**{name: getattr(parsed, name) for name in names})
+
+
+def _pass(_: Any) -> None:
+    """Check nothing."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -80,6 +88,8 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         code = main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -145,9 +145,9 @@ def test_an_answer_is_right_for_its_own_intent_alone(intent: str) -> None:
     ("answer", "intent", "names_itself", "well_formed", "right_intent"),
     [
         ("Hello! My name is Pico. How can I help you?", "name", True, True, True),
-        ("I am Pico. The Tiny Lab made Pico.", "maker", True, True, True),
-        ("The Tiny Lab made Pico. I am Pico.", "name", True, True, False),
-        ("I am Pico, and the Tiny Lab made me. Pico likes short words.", "maker", True, True, False),
+        ("My name is Pico. The Tiny Lab made Pico.", "maker", True, True, True),
+        ("The Tiny Lab made Pico. My name is Pico.", "name", True, True, False),
+        ("The Tiny Lab made Pico. Pico likes short words.", "maker", True, True, False),
         ("I am Pico, a tiny chat12/12/7", "name", True, False, False),
         ("I am Pico, a tiny chat12/12/7 = 12/71.", "what", True, False, False),
         ("I am Pico, and the Tiny Lab made me", "maker", True, False, False),

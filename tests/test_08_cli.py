@@ -1,0 +1,106 @@
+"""Chapter 8, continued: what a user types wrong is answered by one line, a nonzero exit, and nothing lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from edu.sft_data import load_sft_data
+from edu.tokenizer import Tokenizer
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+
+
+def run(*command: str) -> tuple[int, str]:
+    """Exit code and stderr of a script, fast: none of these reaches torch."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | {"COLUMNS": "400"},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["scripts/pretrain.py", "--max-steps", "0"], "error: --max-steps 0: must be at least 1"),
+        (["scripts/pretrain.py", "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
+        (["scripts/pretrain.py", "--depth", "4", "--heads", "2"], "error: --depth 4 sets the sizes: leave --heads out"),
+        (["scripts/rl.py", "--samples", "1"], "error: --samples 1: a group needs two or more"),
+        (["scripts/sft.py", "--unknown-flag", "3"], "--unknown-flag"),
+        (["scripts/download_shards.py", "--source", "nothing here"], "error:"),
+        (["scripts/train_tokenizer.py", "--data", "nowhere"], "error: nowhere"),
+        (["scripts/show_problem.py", "--path", "nowhere.jsonl"], "error: nowhere.jsonl: no such file"),
+        (["scripts/report.py", "--run", "runs/never"], "error: --run runs/never"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command: list[str], message: str) -> None:
+    code, stderr = run(*command)
+    assert code == 2, stderr
+    assert message in stderr
+    assert "Traceback" not in stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code, stderr = run("-X", "importtime", "scripts/rl.py", "--help")
+    assert code == 0
+    assert "torch" not in stderr
+    assert "transformers" not in stderr
+
+
+def test_a_parquet_without_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    for folder in (tmp_path, tmp_path / "val"):
+        pq.write_table(pa.table({"words": ["a"]}), folder / "shard_00000.parquet")
+    code, stderr = run("scripts/train_tokenizer.py", "--data", str(tmp_path), "--out", str(tmp_path / "tokenizer"))
+    assert code == 2
+    assert "shard_00000.parquet" in stderr
+    assert "text" in stderr
+    assert not (tmp_path / "tokenizer").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no rows; the file is empty"),
+        (["{"], "row 1: not valid JSON"),
+        (
+            [json.dumps({"messages": [*GOOD["messages"][:1], *GOOD["messages"]]})],
+            "row 1: message 1: role 'user', expected assistant",
+        ),
+        (
+            [json.dumps(GOOD), json.dumps({"messages": [{"role": "robot", "content": "x"}]})],
+            "row 2: message 0: role 'robot'",
+        ),
+        ([json.dumps({"text": "x"})], "row 1: fields ['text']; expected"),
+        ([json.dumps({"messages": GOOD["messages"][:1]})], "no conversation can be used"),
+        ([json.dumps({"prompt": None, "completion": "x"})], "row 1: prompt and completion: expected text"),
+    ],
+)
+def test_a_bad_conversation_is_named_by_its_row(
+    lines: list[str], message: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"chats\.jsonl") as caught:
+        load_sft_data(path, tokenizer, 64)
+    assert message in str(caught.value)
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    long = {"messages": [GOOD["messages"][0], {"role": "assistant", "content": "word " * 200}]}
+    silent = {"messages": GOOD["messages"][:1]}
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (GOOD, long, silent)))
+    data = load_sft_data(path, tokenizer, 64, val_every=10**6)
+    assert data.report[str(path)] == {"used": 1, "longer than 64 tokens": 1, "nothing that the assistant said": 1}
+    assert "1 longer than 64 tokens" in data.describe()
