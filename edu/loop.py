@@ -30,7 +30,7 @@ class StepData:
     terms: Sequence[Term]
     position: Any = None
     """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
     """Metrics of the data itself (rewards, lengths)."""
 
 
@@ -90,7 +90,10 @@ class Training:
         with stop_signals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
             while True:
                 if self.step % config.eval_every == 0 or self.step == config.max_steps:
-                    run.log(self.step, evaluate(self.step))
+                    figures = evaluate(self.step)
+                    run.log(self.step, figures)
+                    shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
+                    self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
                 if self.step == config.max_steps:
                     return True
                 if self._any(stopped):
@@ -118,8 +121,9 @@ class Training:
                     metrics.TOKENS_PER_SECOND: result.tokens / seconds,
                     metrics.SECONDS: trained_seconds,
                 }
-                run.log(self.step, figures | {"step_tokens": result.tokens} | dict(data.figures))
-                bar.advance(1, tokens=result.tokens, loss=result.losses[0])
+                run.log(self.step, figures | {metrics.STEP_TOKENS: result.tokens} | data.figures)
+                telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
+                bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
                 if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
                     self._save(position)
 

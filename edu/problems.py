@@ -152,13 +152,15 @@ def grammar() -> Grammar:
 
 
 def draw_expressions(kind: str, rng: Random) -> list[str]:
-    """Steps with operands 1..20 for + and -, 2..9 for * and /, and every number from 0 to 99.
+    """Steps with operands 1..20 for + and -, 2..9 for *, divisors 2..9 and quotients 2..20, every number from 0 to 99.
 
     >>> draw_expressions("*-", Random(1))
     ['4*3', '12-9']
     """
     while True:
-        n, m = rng.randint(2, 9), rng.randint(2, 9)
+        n, m = rng.randint(2, 20 if kind[0] == "/" else 9), rng.randint(2, 9)
+        if n * m > LARGEST:
+            continue
         expressions = [f"{n}*{m}"] if kind[0] == "*" else [f"{n * m}/{m}"] if kind[0] == "/" else []
         total = evaluate(expressions[0]) if expressions else rng.randint(2, 20)
         for operator in kind[len(expressions) :]:
@@ -227,7 +229,7 @@ def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     sizes = {
         "test_templates": ((50, 120, 30), "held_out", held_out),
         "test": ((75, 180, 45), "train", held_out),
-        "sft": ((564, 30, 6), "train", trainable),
+        "sft": ((552, 30, 18), "train", trainable),
         "train": ((800, 1920, 480), "train", trainable),
     }
     for name, (counts, split, wanted) in sizes.items():

@@ -18,6 +18,10 @@ class Args:
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 10
     """New tokens of the first comparison; the second fills the context."""
 
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"--n {self.n}: must be at least 1")
+
 
 def main() -> int:
     args = parse(Args)
@@ -28,6 +32,8 @@ def main() -> int:
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
     room = model.config.max_position_embeddings - len(prompt)
+    if room < 1:
+        raise ValueError(f"--prompt has {len(prompt)} tokens: the context holds {model.config.max_position_embeddings}")
     engine, same = Engine(model), True
     for count in (min(args.n, room), room):
         seconds, found = [], []
