@@ -141,12 +141,17 @@ def _plots(stage: Stage) -> list[Plot]:
     ]
 
 
-def _comparison(stages: Sequence[Stage]) -> list[Block]:
-    """A table for each thing measured: a row a figure, a column a stage."""
+def _is_detail(path: tuple[str, ...]) -> bool:
+    """Whether a figure is about a part of what was measured: a kind of problem, how answers ended."""
+    return any(name.startswith("by_") or name == "answers" for name in path)
+
+
+def _comparison(stages: Sequence[Stage], wanted: Callable[[tuple[str, ...]], bool]) -> list[Block]:
+    """A table for each thing measured whose figures are `wanted`: a row a figure, a column a stage."""
     found: dict[str, dict[tuple[str, ...], dict[str, Measure]]] = {}
     for stage in stages:
         for path, measure in measures(stage.evaluation):
-            if len(path) > 1:
+            if len(path) > 1 and wanted(path):
                 found.setdefault(path[0], {}).setdefault(path[1:], {})[stage.name] = measure
     blocks: list[Block] = []
     for topic, rows in found.items():
@@ -154,7 +159,7 @@ def _comparison(stages: Sequence[Stage]) -> list[Block]:
         cells = [[" / ".join(path), *(str(row.get(s.name, "–")) for s in columns)] for path, row in rows.items()]
         header = [topic.replace("_", " "), *(f"after {s.name}" for s in columns)]
         blocks.append(Table(header, [[cell.replace("_", " ") for cell in row] for row in cells]))
-    return blocks or ["No stage has been measured yet: an eval.json in its folder would show here."]
+    return blocks
 
 
 def _text(value: object) -> str:
@@ -223,13 +228,16 @@ def sections(run: Path) -> list[Section]:
     if not any((run / name).is_dir() for name in TITLES):
         raise ValueError(f"--run {run}: no base/, sft/ or rl/ in it; name the folder of a run, such as runs/tiny")
     stages = [read_stage(run / name) for name in TITLES]
-    result = [
-        Section("The run", [_headline(stages), _overview(stages)]),
-        Section("What was measured", [*_comparison(stages)]),
-    ]
+    unmeasured = "No stage has been measured yet: an eval.json in its folder would show here."
+    result = [Section("The run", [_headline(stages), _overview(stages)])]
     for stage in stages:
         blocks = [*stage.notes, *_plots(stage)]
         result.append(Section(TITLES[stage.name], blocks or ["Nothing was recorded."]))
+    result.append(Section("What was measured", _comparison(stages, lambda path: not _is_detail(path)) or [unmeasured]))
+    if kinds := _comparison(stages, lambda path: "sampled" in path and path[-2] in ("by_kind", "by_steps")):
+        result.append(Section("Problems by kind and by number of steps: share of samples that are right", kinds))
+    if details := _comparison(stages, _is_detail):
+        result.append(Section("All other figures", details, folded=True))
     chats = [(stage.name, _chats(stage)) for stage in stages]
     result += [Section(f"{TITLES[name]}: samples before and after", found) for name, found in chats if found]
     recorded = [found for stage in stages if isinstance(found := stage.evaluation.get("environment"), dict)]

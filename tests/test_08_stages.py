@@ -2,6 +2,10 @@
 
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edu import loop, pretrain, rl, rollouts, sft
 from edu.checkpoint import checkpoints
-from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig, is_finished
+from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig, as_settings, is_finished
 from edu.metrics import read_metrics
 from edu.tokenizer import Tokenizer
 
@@ -188,6 +192,70 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert steps_of(config.out) == steps_of(finished["base"].out)
 
 
+def test_a_full_disk_is_said_and_costs_no_checkpoint(
+    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "again")
+    real = torch.save
+
+    def full(state: Any, path: Path) -> None:
+        if "checkpoint-6" in str(path):
+            raise RuntimeError("No space left on device")
+        real(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"checkpoint-6: cannot be written .No space left.* before step 6 are whole"):
+            train(config)
+    assert [path.name for path in checkpoints(config.out)] == ["checkpoint-3"]
+    assert not list(config.out.glob(".checkpoint*"))
+    train(config)
+    assert steps_of(config.out) == steps_of(finished["base"].out)
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_signal_saves_and_leaves_and_the_rest_is_the_same(
+    at: int, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["sft"]
+    config = replace(config, out=tmp_path / "again")
+    real, calls = loop.train_step, []
+
+    def signalled(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", signalled)
+        result = train(config)
+    assert (result.step, result.finished) == (at, False)
+    assert checkpoints(config.out)[-1].name == f"checkpoint-{at}"
+    assert not is_finished(config)
+    assert train(config).finished
+    assert steps_of(config.out) == steps_of(finished["sft"].out)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "again", save_every=1)
+    real, calls = loop.train_step, []
+
+    def breaks(*args: Any) -> Any:
+        calls.append(1)
+        result = real(*args)
+        return replace(result, losses=[float("nan")]) if len(calls) == 3 else result
+
+    monkeypatch.setattr(loop, "train_step", breaks)
+    with pytest.raises(ValueError, match="step 3: the loss is nan; the last checkpoint is of step 2"):
+        train(config)
+    assert checkpoints(config.out)[-1].name == "checkpoint-2"
+
+
 def test_other_settings_are_refused_in_the_same_folder(finished: dict[str, StageConfig]) -> None:
     with pytest.raises(ValueError, match="--seed was 0, is 5"):
         is_finished(replace(finished["sft"], seed=5))
@@ -212,3 +280,32 @@ def test_a_missing_model_names_what_makes_it(stages: dict[str, Stage], tmp_path:
     for model, message in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "no config.json")):
         with pytest.raises(ValueError, match=message):
             train(replace(config, model=str(model), out=tmp_path / "out"))
+
+
+def flags_of(config: StageConfig) -> list[str]:
+    """A config as a command line."""
+    flags = []
+    for name, value in as_settings(config).items():
+        if name not in ("sample_prompts", "compile") and value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+        elif value is None and name in ("identity", "facts"):
+            flags += [f"--{name}", "None"]
+    return flags
+
+
+def test_two_processes_train_what_one_trains(finished: dict[str, StageConfig], tmp_path: Path) -> None:
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for place, name in enumerate(("base", "sft", "rl")):
+        config = replace(finished[name], out=tmp_path / name)
+        port = str(20000 + (os.getpid() + 100 + place) % 20000)
+        script = {"base": "pretrain"}.get(name, name)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+        command = [*launch, f"scripts/{script}.py", *flags_of(config)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert is_finished(config)
+        rows = [[r for r in steps_of(folder) if "loss" in r] for folder in (config.out, finished[name].out)]
+        assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+        if name == "sft":  # the same rows, split over two processes
+            losses = [[row["loss"] for row in found] for found in rows]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
