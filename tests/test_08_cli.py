@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edu.sft_data import load_sft_data
+from edu.command import parse
+from edu.config import FREE_ON_RESUME, PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.sft_data import load_sft_data, read_mixture
 from edu.tokenizer import Tokenizer
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
@@ -104,3 +106,23 @@ def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> No
     data = load_sft_data(path, tokenizer, 64, val_every=10**6)
     assert data.report[str(path)] == {"used": 1, "longer than 64 tokens": 1, "nothing that the assistant said": 1}
     assert "1 longer than 64 tokens" in data.describe()
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in Path("recipes").iterdir()))
+def test_every_recipe_is_read_and_its_stages_follow_each_other(recipe: str) -> None:
+    folder = Path("recipes") / recipe
+    base, tuned, reinforced = (
+        parse(kind, ["--config", str(folder / f"{name}.yaml")])
+        for name, kind in (("base", PretrainConfig), ("sft", SFTConfig), ("rl", RLConfig))
+    )
+    assert (tuned.model, reinforced.model) == (str(base.out), str(tuned.out))
+    for mixture in (tuned.data, reinforced.replay):
+        assert mixture is not None
+        assert read_mixture(mixture)
+
+
+def test_defaults_are_the_tiny_recipe() -> None:
+    for name, kind in (("base", PretrainConfig), ("sft", SFTConfig), ("rl", RLConfig)):
+        recipe = as_settings(parse(kind, ["--config", f"recipes/tiny/{name}.yaml"]))
+        default = as_settings(kind())
+        assert {key for key in recipe if recipe[key] != default[key]} <= FREE_ON_RESUME, name
