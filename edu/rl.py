@@ -39,7 +39,7 @@ def train(config: RLConfig) -> Result:
     T = model.config.max_position_embeddings
     measures = read_measures(config)
     task, left_out = fitting(GSM8K("train", config.problems), tokenizer, T - config.max_new_tokens)
-    accelerator.print(f"{len(task):,} problems, {left_out:,} left out: no room for an answer in a context of {T}")
+    accelerator.print(f"{len(task):,} problems; {left_out:,} more leave no room for an answer in a context of {T}")
     measured: Task = measures.tasks["math"]
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])

@@ -126,7 +126,7 @@ def talk_about(rng: Random) -> str:
 
 def word_problem(rng: Random) -> str:
     """A problem with its worked answer."""
-    kinds = rng.choices([ONE_STEP, TWO_STEPS, THREE_STEPS], [85, 13, 2])[0]
+    kinds = rng.choices([ONE_STEP, TWO_STEPS, THREE_STEPS], [40, 48, 12])[0]
     return draw_problem(rng.choice(kinds), rng).text
 
 
