@@ -223,13 +223,13 @@ def draw_problems(
 
 
 def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The problem files and their lines: RL's training problems, SFT's (nearly only one step), and two that are held out."""
+    """The problem files and their lines: RL's training problems, SFT's few (mostly one step), and two that are held out."""
     rng, taken = Random(f"problems {seed}"), set[str]()
     groups = (ONE_STEP, TWO_STEPS, THREE_STEPS)
     sizes = {
         "test_templates": ((50, 120, 30), "held_out", held_out),
         "test": ((75, 180, 45), "train", held_out),
-        "sft": ((200, 0, 0), "train", trainable),
+        "sft": ((160, 30, 10), "train", trainable),
         "train": ((800, 1920, 480), "train", trainable),
     }
     for name, (counts, split, wanted) in sizes.items():
