@@ -229,7 +229,7 @@ def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     sizes = {
         "test_templates": ((50, 120, 30), "held_out", held_out),
         "test": ((75, 180, 45), "train", held_out),
-        "sft": ((160, 30, 10), "train", trainable),
+        "sft": ((552, 30, 18), "train", trainable),
         "train": ((800, 1920, 480), "train", trainable),
     }
     for name, (counts, split, wanted) in sizes.items():

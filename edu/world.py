@@ -126,7 +126,7 @@ def talk_about(rng: Random) -> str:
 
 def word_problem(rng: Random) -> str:
     """A problem with its worked answer."""
-    kinds = rng.choices([ONE_STEP, TWO_STEPS, THREE_STEPS], [40, 48, 12])[0]
+    kinds = rng.choices([ONE_STEP, TWO_STEPS, THREE_STEPS], [70, 25, 5])[0]
     return draw_problem(rng.choice(kinds), rng).text
 
 
@@ -179,14 +179,14 @@ def counting(rng: Random) -> str:
 
 
 MIXTURE: dict[Callable[[Random], str], int] = {
-    story: 22,
-    list_of_facts: 11,
-    questions_and_answers: 19,
-    conversation: 17,
-    talk_about: 4,
-    word_problem: 16,
+    story: 20,
+    list_of_facts: 9,
+    questions_and_answers: 17,
+    conversation: 15,
+    talk_about: 3,
+    word_problem: 26,
     drill: 7,
-    counting: 4,
+    counting: 3,
 }
 """Kinds of documents and their shares in percent."""
 

@@ -168,7 +168,7 @@ def test_answers_are_right_and_every_number_is_one_token(written: Path, name: st
         assert problem["steps"] == len(lines)
 
 
-@pytest.mark.parametrize(("name", "shares"), [("train", (25, 60, 15)), ("test", (25, 60, 15)), ("sft", (80, 15, 5))])
+@pytest.mark.parametrize(("name", "shares"), [("train", (25, 60, 15)), ("test", (25, 60, 15)), ("sft", (92, 5, 3))])
 def test_kinds_are_balanced_and_have_many_templates(written: Path, name: str, shares: tuple[int, int, int]) -> None:
     lines = problems(written, name)
     steps, kinds = Counter(line["steps"] for line in lines), Counter(line["kind"] for line in lines)
