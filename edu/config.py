@@ -180,7 +180,7 @@ class RLConfig(ChatConfig):
     samples: int = 8
     """Rollouts of each problem, K."""
     micro_batch_size: int = 16
-    max_steps: int = 160
+    max_steps: int = 200
     temperature: float = 1.0
     """Of the rollouts; the log-probabilities trained are those sampled from only at 1."""
     lr_scale: float = 0.4

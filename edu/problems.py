@@ -223,7 +223,7 @@ def draw_problems(
 
 
 def problem_files(seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The problem files and their lines: RL's training problems, SFT's few (mostly one step), and two that are held out."""
+    """The problem files and their lines: RL's training problems, SFT's (mostly one step), and two that are held out."""
     rng, taken = Random(f"problems {seed}"), set[str]()
     groups = (ONE_STEP, TWO_STEPS, THREE_STEPS)
     sizes = {
