@@ -81,8 +81,8 @@ def _typed(value: Any, kind: str) -> Any:
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
-    # OpenMP's threads spin briefly and then sleep while they wait: endless spinning makes training three times slower
-    # wherever another program runs too, and sleeping at once a third slower where none does.
+    # OpenMP's threads spin briefly and then sleep while they wait. Endless spinning made training two to three times
+    # slower than sleeping where another program kept a core busy (docs/LOG.md, 2026-11-22).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = main()
