@@ -23,7 +23,8 @@ MAX_LINES_OF_A_FILE = 300
 MAX_LINES_IN_ALL = 9000
 VAGUE_NAMES = ("util", "utils", "common", "helper", "helpers", "misc")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.hub.load")
-MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/work/", "/tmp/", "C:\\")
+HERE = () if ROOT.parent == Path("/") else (f"{ROOT.parent}/",)  # where this very checkout lies
+MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/tmp/", "C:\\", *HERE)
 
 LIBRARY = sorted((ROOT / "edu").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
