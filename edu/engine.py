@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from edu.fused import rms_norm
 from edu.losses import softcap
-from edu.model import GPT, Block, apply_rotary_emb, rms_norm, rotary_angles
+from edu.model import GPT, Block, apply_rotary_emb, rotary_angles
 from edu.sampling import Sample, check_request, sample_tokens
 
 Tool = Callable[[list[int]], list[int]]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from edu.fused import at_least_fp32
 from edu.packing import IGNORE
 
 CHUNK = 1024
@@ -23,13 +24,14 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precision widened to fp32; fp32 and fp64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _chunks(rows: int) -> list[slice]:
     return [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    """Softcapped logits of a chunk, in a tensor of their own that may be overwritten."""
+    logits = at_least_fp32(hidden @ weight.T)
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 class _HeadLogProbs(torch.autograd.Function):
@@ -37,27 +39,28 @@ class _HeadLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.cap = cap
-        logprobs = at_least_fp32(hidden.new_empty(len(targets)))
+        normalizers = at_least_fp32(hidden.new_empty(len(targets)))
+        picked = torch.empty_like(normalizers)
         for part in _chunks(len(targets)):
-            logits = softcap(at_least_fp32(hidden[part] @ weight.T), cap)
-            picked = logits.gather(1, targets[part, None]).squeeze(1)
-            logprobs[part] = picked - logits.logsumexp(1)
-        return logprobs
+            logits = _logits(hidden[part], weight, cap)
+            normalizers[part] = logits.logsumexp(1)
+            picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.cap = cap
+        return picked - normalizers
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), at_least_fp32(torch.zeros_like(weight))
         for part in _chunks(len(targets)):
-            logits = softcap(at_least_fp32(hidden[part] @ weight.T), ctx.cap)
+            logits = _logits(hidden[part], weight, ctx.cap)
             # d logprob / d logits = onehot - softmax; the softcap's own slope is 1 - (logits / cap)^2.
-            slope = -logits.softmax(1)
+            slope = (logits - normalizers[part, None]).exp_().neg_()
             slope[torch.arange(len(slope), device=slope.device), targets[part]] += 1
             slope *= grads[0][part, None]
             if ctx.cap is not None:
-                slope *= 1 - (logits / ctx.cap).square_()
+                slope.addcmul_(slope, logits.square_(), value=-1 / ctx.cap**2)
             slope = slope.to(hidden.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
@@ -24,14 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from edu.fused import relu_squared, rms_norm
 from edu.gpt_config import GPTConfig
-from edu.losses import at_least_fp32, head_log_probs, softcap
-
-
-def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Scale the last dimension to unit mean square, in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467); no weights."""
-    wide = at_least_fp32(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x)
+from edu.losses import head_log_probs, softcap
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -119,7 +113,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with relu squared between them (Primer, arXiv:2109.08668)."""
+    """Two matrices with squared ReLU between them."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -127,7 +121,7 @@ class MLP(nn.Module):
         self.fc2 = OutputLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        return self.fc2(F.relu(self.fc1(x)).square())
+        return self.fc2(relu_squared(self.fc1(x)))
 
 
 class Block(GradientCheckpointingLayer):
