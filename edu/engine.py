@@ -1,10 +1,10 @@
 """Sample from a GPT: many prompts at once, several samples of each, rows that finish make room for those that wait.
 
 `generate_naive` is the definition: the whole sequence through the model for every token. `Engine` gives the same tokens
-from a cache of keys and values: a prompt is computed once (prefill), its cache row is copied for each sample, then every
-step computes one token a row (decode). Rows have lengths of their own, so nothing is padded on the left.
+from a cache of keys and values: a prompt is computed once by the model (prefill), its cache row is copied for each sample,
+then every step computes one token a row (`edu.decoder`). Rows have lengths of their own: nothing is padded on the left.
 
-B rows, T new tokens, S cached tokens, C channels, H query heads, K key/value heads, G = H/K, D head dim, V vocabulary.
+B rows, K samples of a prompt, V vocabulary.
 """
 
 from collections import deque
@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from edu.fused import rms_norm
+from edu.decoder import Decoder
+from edu.fused import at_least_fp32
+from edu.kv_cache import KVCache
 from edu.losses import softcap
-from edu.model import GPT, Block, apply_rotary_emb, rotary_angles
+from edu.model import GPT
 from edu.sampling import Sample, check_request, sample_tokens
 
 Tool = Callable[[list[int]], list[int]]
@@ -27,36 +28,8 @@ Tool = Callable[[list[int]], list[int]]
 
 MAX_ROWS = 128
 """Rows decoded at once unless told otherwise."""
-
-
-class KVCache:
-    """Keys and values of B rows, pre-allocated: logically (B, n_layer, 2, K, S, D), layer first in memory."""
-
-    def __init__(self, rows: int, max_seq_len: int, model: GPT) -> None:
-        c = model.config
-        shape = (c.num_hidden_layers, rows, 2, c.kv_heads, max_seq_len, c.head_dim)
-        weight = model.lm_head.weight
-        self.layers = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-
-    @property
-    def tensor(self) -> Float[Tensor, "B L 2 K S D"]:
-        """The cache in its logical order."""
-        return self.layers.transpose(0, 1)
-
-    def insert_kv(
-        self, layer: int, k: Float[Tensor, "B K T D"], v: Float[Tensor, "B K T D"], positions: Int[Tensor, "B T"]
-    ) -> Float[Tensor, "B 2 K S D"]:
-        """Write new keys and values of the first B rows at their positions; return those rows' cache."""
-        B, T = positions.shape
-        rows = torch.arange(B, device=positions.device)[:, None].expand(B, T)
-        cached = self.layers[layer]
-        cached[rows, :, :, positions] = torch.stack((k, v), 1).permute(0, 3, 1, 2, 4)  # (B, T, 2, K, D)
-        return cached[:B]
-
-    def copy_rows(self, targets: list[int], sources: list[int], length: int, source: "KVCache | None" = None) -> None:
-        """Copy the first `length` positions of rows of `source` (or this cache) to rows of this cache."""
-        if targets:
-            self.layers[:, targets, :, :, :length] = (source or self).layers[:, sources, :, :, :length]
+PREFILL_CHUNK = 1024
+"""Positions of all prompts computed at once: what bounds the memory of long ones."""
 
 
 @dataclass
@@ -78,52 +51,21 @@ class Engine:
         self.model, self.config, self.max_rows = model, model.config, max_rows
         self.device = model.lm_head.weight.device
 
-    def read_weights(self) -> None:
-        """Join each block's query, key and value matrices into one: a third of the products per layer."""
-        self._qkv_weights = [
-            torch.cat([block.get_parameter(f"self_attn.{name}_proj.weight") for name in "qkv"])
-            for block in self.model.model.layers
-        ]
-
     @torch.inference_mode()
-    def forward(self, ids: Int[Tensor, "B T"], positions: Int[Tensor, "B T"], cache: KVCache, span: int) -> Tensor:
-        """Final hidden states (B, T, C) of new tokens of the cache's first B rows, whose longest reaches `span`."""
-        B, T = ids.shape
-        K, D, eps = self.config.kv_heads, self.config.head_dim, self.config.rms_norm_eps
-        cos, sin = rotary_angles(positions, self.config)
-        visible = torch.arange(span, device=self.device) <= positions[:, :, None]  # (B, T, S)
-        G = self.config.num_attention_heads // K
-        mask = visible[:, None].expand(B, G, T, span).reshape(B, 1, G * T, span)
-        x = rms_norm(self.model.model.embed_tokens(ids), eps)
-        for i, (block, qkv_weight) in enumerate(zip(self.model.model.layers, self._qkv_weights, strict=True)):
-            heads = F.linear(rms_norm(x, eps), qkv_weight).view(B, T, -1, D).transpose(1, 2)  # (B, H + 2K, T, D)
-            rotated = rms_norm(apply_rotary_emb(heads[:, : -K or None], cos, sin), eps)
-            cached = cache.insert_kv(i, rotated[:, -K:], heads[:, -K:], positions)[:, :, :, :span]
-            # A group's query heads become more queries of one key head: nothing is repeated in memory.
-            q = rotated[:, :-K].reshape(B, K, G * T, D)
-            y = F.scaled_dot_product_attention(q, cached[:, 0], cached[:, 1], attn_mask=mask)
-            assert isinstance(block, Block)
-            x = x + block.self_attn.o_proj(y.view(B, K * G, T, D).transpose(1, 2).reshape(B, T, -1))
-            x = x + block.mlp(rms_norm(x, eps))
-        return rms_norm(x, eps)
+    def prefill(self, prompts: Sequence[list[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Float[Tensor, "B V"]:
+        """Fill an empty cache with prompts, padded on the right, and return the logits after each one's last token.
 
-    def logits(self, hidden: Float[Tensor, "B C"]) -> Float[Tensor, "B V"]:
-        """Softcapped logits in fp32."""
-        return softcap(self.model.lm_head(hidden).float(), self.config.final_logit_softcapping)
-
-    def prefill(self, prompts: Sequence[list[int]], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Fill the first rows with prompts, padded on the right, and return the logits after each one's last token."""
+        The model itself computes them, `chunk` positions of all prompts at a time.
+        """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        width = int(lengths.max())
+        width = max(map(len, prompts))
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
-        positions = torch.arange(width, device=self.device).expand(len(prompts), width)
-        hidden = self.forward(ids, positions, cache, span=width)
-        return self.logits(hidden[torch.arange(len(prompts), device=self.device), lengths - 1])
-
-    def decode(self, tokens: list[int], lengths: list[int], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Append one token to each of the first rows, which hold `lengths` tokens, and return the logits after it."""
-        ids, positions = torch.tensor([tokens, lengths], device=self.device).unsqueeze(-1)
-        return self.logits(self.forward(ids, positions, cache, span=max(lengths) + 1)[:, 0])
+        last = torch.empty(len(prompts), self.config.hidden_size, dtype=cache.memory.dtype, device=self.device)
+        for start in range(0, width, chunk):
+            hidden = self.model.model(ids[:, start : start + chunk], past_key_values=cache).last_hidden_state
+            ends = ((start < lengths) & (lengths <= start + chunk)).nonzero().squeeze(1)
+            last[ends] = hidden[ends, lengths[ends] - 1 - start]
+        return softcap(at_least_fp32(self.model.lm_head(last)), self.config.final_logit_softcapping)
 
     def generate(
         self,
@@ -187,7 +129,7 @@ class Engine:
         K = len(samples[0]) if samples else 0
         capacity = max(K, min(self.max_rows, K * len(prompts)))
         context = min(self.config.max_position_embeddings, max(map(len, prompts), default=0) + max_new_tokens)
-        self.read_weights()
+        decoder = Decoder(self.model)
         cache = KVCache(capacity, context, self.model)
         draws = torch.empty(capacity, max_new_tokens)
         waiting, rows = deque(range(len(prompts))), list[_Row]()
@@ -218,7 +160,8 @@ class Engine:
             yield
             rows = self._compact(rows, live, cache, draws)
             if rows:
-                logits = self.decode([r.sample.tokens[-1] for r in rows], [r.length for r in rows], cache)
+                newest = torch.tensor([row.sample.tokens[-1] for row in rows], device=self.device)
+                logits = decoder.step(newest, [row.length for row in rows], cache)
                 for row in rows:
                     row.length += 1
             else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_04_model import random_gpt
 
+from edu.decoder import Decoder
 from edu.engine import Engine, KVCache, generate_naive
 from edu.model import GPT
 from edu.sampling import sample_tokens
@@ -137,15 +138,39 @@ def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> N
     assert cache.tensor.count_nonzero() == 2 * k.numel()
 
 
-@torch.inference_mode()
-def test_prompts_computed_in_pieces_give_the_same_logits(model: GPT) -> None:
-    engine, cache = Engine(model), KVCache(1, 20, model)
-    engine.read_weights()
-    whole = engine.prefill([PROMPTS[3]], KVCache(1, 20, model))
-    engine.prefill([PROMPTS[3][:7]], cache)
-    ids, at = torch.tensor([PROMPTS[3][7:]]), torch.arange(7, 16)[None]
-    pieces = engine.logits(engine.forward(ids, at, cache, span=16)[:, -1])
-    torch.testing.assert_close(pieces, whole, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_prompts_computed_in_pieces_give_the_same_logits(model: GPT, chunk: int) -> None:
+    engine, caches = Engine(model), [KVCache(4, 20, model) for _ in range(2)]
+    whole = engine.prefill(PROMPTS, caches[0])
+    torch.testing.assert_close(engine.prefill(PROMPTS, caches[1], chunk), whole, atol=1e-5, rtol=1e-5)
+    for row, prompt in enumerate(PROMPTS):
+        a, b = (cache.tensor[row, :, :, :, : len(prompt)] for cache in caches)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[3, 9, 2, 16], [9, 9]], ids=["ragged", "even"])
+def test_the_decoder_computes_what_the_model_does(kv_heads: int, lengths: list[int]) -> None:
+    model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads)
+    prompts = [PROMPTS[3][:length] for length in lengths]
+    cache, decoder = KVCache(len(prompts), 20, model), Decoder(model)
+    Engine(model).prefill(prompts, cache)
+    for step, token in enumerate((4, 41, 7)):
+        logits = decoder.step(torch.tensor([token] * len(prompts)), [length + step for length in lengths], cache)
+        prompts = [[*prompt, token] for prompt in prompts]
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_decode_too(dtype: torch.dtype) -> None:
+    model = random_gpt(vocab_size=50).to(dtype)
+    samples = Engine(model).generate(PROMPTS, 2, max_new_tokens=8)
+    assert all(len(sample.tokens) == 8 for group in samples for sample in group)
+    naive = list(generate_naive(model, PROMPTS[1], 8))
+    greedy = Engine(model).generate(PROMPTS[1:2], max_new_tokens=8, temperature=0)[0][0].tokens
+    assert greedy[0] == naive[0]
+    assert dtype != torch.float64 or greedy == naive
 
 
 def test_bad_requests_are_named(model: GPT) -> None:
