@@ -45,11 +45,12 @@ class _Row:
 
 
 class Engine:
-    """Generates with a GPT in eval mode on its device. The weights are read anew at every call."""
+    """Generates with a GPT in eval mode on its device, with the weights that it has at each call."""
 
     def __init__(self, model: GPT, max_rows: int = MAX_ROWS) -> None:
         self.model, self.config, self.max_rows = model, model.config, max_rows
         self.device = model.lm_head.weight.device
+        self.decoder = Decoder(model)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[list[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Float[Tensor, "B V"]:
@@ -129,7 +130,8 @@ class Engine:
         K = len(samples[0]) if samples else 0
         capacity = max(K, min(self.max_rows, K * len(prompts)))
         context = min(self.config.max_position_embeddings, max(map(len, prompts), default=0) + max_new_tokens)
-        decoder = Decoder(self.model)
+        if not self.decoder.is_current:
+            self.decoder = Decoder(self.model)
         cache = KVCache(capacity, context, self.model)
         draws = torch.empty(capacity, max_new_tokens)
         waiting, rows = deque(range(len(prompts))), list[_Row]()
@@ -161,7 +163,7 @@ class Engine:
             rows = self._compact(rows, live, cache, draws)
             if rows:
                 newest = torch.tensor([row.sample.tokens[-1] for row in rows], device=self.device)
-                logits = decoder.step(newest, [row.length for row in rows], cache)
+                logits = self.decoder.step(newest, [row.length for row in rows], cache)
                 for row in rows:
                     row.length += 1
             else:

@@ -34,13 +34,12 @@ class KVCache(Cache):
         return self.memory.transpose(0, 1)
 
     def insert_kv(
-        self, layer: int, k: Float[Tensor, "B K T D"], v: Float[Tensor, "B K T D"], positions: Int[Tensor, "B T"]
+        self, layer: int, kv: Float[Tensor, "B 2 K T D"], positions: Int[Tensor, "B T"]
     ) -> Float[Tensor, "B 2 K S D"]:
         """Write new keys and values of the first B rows at their positions; return those rows' cache."""
-        rows, cached = self.rows[: len(positions), None], self.memory[layer]
-        cached[rows, 0, :, positions] = k.transpose(1, 2)  # (B, T, K, D)
-        cached[rows, 1, :, positions] = v.transpose(1, 2)
-        return cached[: len(positions)]
+        B, cached = len(positions), self.memory[layer]
+        cached[self.rows[:B, None], :, :, positions] = kv.permute(0, 3, 1, 2, 4)  # (B, T, 2, K, D)
+        return cached[:B]
 
     def copy_rows(self, targets: list[int], sources: list[int], length: int, source: "KVCache | None" = None) -> None:
         """Copy the first `length` positions of rows of `source` (or this cache) to rows of this cache."""

@@ -131,7 +131,7 @@ def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> N
     assert cache.tensor.shape == (3, 2, 2, 2, 10, 16)
     k = torch.randn(3, 2, 1, 16)
     positions = torch.tensor([[0], [4], [9]])
-    cache.insert_kv(1, k, -k, positions)
+    cache.insert_kv(1, torch.stack((k, -k), 1), positions)
     for row, at in enumerate(positions.flatten().tolist()):
         assert torch.equal(cache.tensor[row, 1, 0, :, at], k[row, :, 0])
         assert torch.equal(cache.tensor[row, 1, 1, :, at], -k[row, :, 0])
@@ -160,6 +160,17 @@ def test_the_decoder_computes_what_the_model_does(kv_heads: int, lengths: list[i
         prompts = [[*prompt, token] for prompt in prompts]
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_engine_follows_its_model() -> None:
+    model = random_gpt(vocab_size=50)
+    engine = Engine(model)
+    before = engine.generate(PROMPTS, max_new_tokens=12, temperature=0)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    after = engine.generate(PROMPTS, max_new_tokens=12, temperature=0)
+    assert after != before
+    assert after == Engine(model).generate(PROMPTS, max_new_tokens=12, temperature=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

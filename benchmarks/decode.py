@@ -1,0 +1,173 @@
+"""Tokens/s sampled: our Engine beside transformers' `generate` and the uncached loop, on one core (10 minutes).
+
+Example: python benchmarks/decode.py --batches 1 16
+
+All contenders hold the same random weights and give the same greedy tokens, which is checked. They take turns, several
+rounds, in one process bound to one core; times are CPU seconds. "equal": prompts of 64 tokens, all samples go to the
+end. "ragged": prompts of 8 to 64 tokens and stop tokens that end samples early, the shape of rollouts; only tokens up to
+the stop count. Beside them, the time of a step's matrix products alone: no program that uses them is faster.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edu.command import parse, run_script
+
+SIZES = {"S": (4, 256, 4, 2), "L": (8, 512, 8, 4)}  # layers, channels, query heads, key/value heads
+VOCABULARY, PROMPT = 4096, 64
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to measure."""
+
+    sizes: tuple[str, ...] = ("S", "L")
+    """S: 4 layers of 256 channels; L: 8 layers of 512."""
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    """Prompts at once."""
+    new_tokens: int = 128
+    """Tokens a sample, at most."""
+    rounds: int = 5
+    """Turns of each contender."""
+    naive: bool = False
+    """Measure the uncached loop too (batch 1)."""
+    compile: bool = False
+    """Measure transformers' compiled StaticCache too: minutes more."""
+
+
+Generate = Callable[[list[list[int]], int, list[int]], list[list[int]]]
+"""(prompts, new tokens, stop tokens) -> the new tokens of each, up to its first stop token."""
+
+
+def cut(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first stop token, which is kept."""
+    ends = [i for i, token in enumerate(tokens) if token in stops]
+    return list(tokens[: ends[0] + 1] if ends else tokens)
+
+
+def hugging_face(model: Any, **options: Any) -> Generate:
+    """`generate` on a batch padded on the left."""
+    import torch
+
+    def generate(prompts: list[list[int]], new: int, stops: list[int]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": stops or None}
+        out = model.generate(ids, attention_mask=mask, **settings, **options)
+        return [cut(row, stops) for row in out[:, width:].tolist()]
+
+    return generate
+
+
+def ours(engine: Any) -> Generate:
+    """The Engine."""
+
+    def generate(prompts: list[list[int]], new: int, stops: list[int]) -> list[list[int]]:
+        groups = engine.generate(prompts, max_new_tokens=new, temperature=0, stop_tokens=stops)
+        return [sample.tokens for (sample,) in groups]
+
+    return generate
+
+
+def uncached(model: Any) -> Generate:
+    """The whole sequence through the model for every token."""
+    from edu.engine import generate_naive
+
+    def generate(prompts: list[list[int]], new: int, stops: list[int]) -> list[list[int]]:
+        return [cut(list(generate_naive(model, prompt, new)), stops) for prompt in prompts]
+
+    return generate
+
+
+def products_alone(model: Any, rows: int) -> float:
+    """CPU seconds of one step's matrix products for so many rows."""
+    import torch
+
+    weights = [p.T.contiguous() for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    inputs = [torch.randn(rows, len(weight)) for weight in weights]
+
+    def once() -> float:
+        start = time.process_time()
+        for x, weight in zip(inputs, weights, strict=True):
+            x @ weight
+        return time.process_time() - start
+
+    with torch.inference_mode():
+        return statistics.median(once() for _ in range(20))
+
+
+def main() -> None:
+    args = parse(Args)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    import torch
+    from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
+    from transformers.utils import logging
+
+    from edu.engine import Engine
+    from edu.model import GPT, GPTConfig
+
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    print("| model | batch | shape | contender | tokens/s | ours is faster by | first token, ms | products alone |")
+    print("|--|--|--|--|--|--|--|--|")
+    for size in args.sizes:
+        layers, channels, heads, kv_heads = SIZES[size]
+        sizes = {"hidden_size": channels, "intermediate_size": 4 * channels, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": VOCABULARY}
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.tiny(**sizes, max_position_embeddings=PROMPT + args.new_tokens)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=2 * channels**-0.5)  # far enough from zero that no two logits tie
+        stock = NanoChatForCausalLM(model.config).eval()
+        stock.load_state_dict(model.state_dict())
+        contenders = {
+            "ours": ours(Engine(model, max_rows=max(args.batches))),
+            "transformers, DynamicCache": hugging_face(stock),
+            "transformers, StaticCache": hugging_face(stock, cache_implementation="static", disable_compile=True),
+        }
+        if args.compile:
+            contenders["transformers, StaticCache, compiled"] = hugging_face(stock, cache_implementation="static")
+        for batch in args.batches:
+            for shape in ("equal", "ragged") if batch > 1 else ("equal",):
+                generator = torch.Generator().manual_seed(batch)
+                prompts = torch.randint(1, VOCABULARY, (batch, PROMPT), generator=generator).tolist()
+                if shape == "ragged":
+                    prompts = [p[: 8 + (PROMPT - 8) * i // (batch - 1)] for i, p in enumerate(prompts)]
+                stops = list(range(1, VOCABULARY, 50)) if shape == "ragged" else []
+                present = contenders | ({"the uncached loop": uncached(model)} if args.naive and batch == 1 else {})
+                speeds: dict[str, list[float]] = {name: [] for name in present}
+                firsts: dict[str, list[float]] = {name: [] for name in present}
+                tokens = {name: generate(prompts, args.new_tokens, stops) for name, generate in present.items()}
+                same = {
+                    name: sum(a == b for a, b in zip(out, tokens["ours"], strict=True)) for name, out in tokens.items()
+                }
+                for _ in range(args.rounds):
+                    for name, generate in present.items():
+                        start = time.process_time()
+                        generate(prompts, 1, stops)
+                        first = time.process_time()
+                        generate(prompts, args.new_tokens, stops)
+                        end = time.process_time()
+                        firsts[name].append(1e3 * (first - start))
+                        speeds[name].append(sum(map(len, tokens[name])) / (end - first))
+                limit = f"{batch / products_alone(model, batch):,.0f}"
+                for name in present:
+                    ratios = [a / b for a, b in zip(speeds["ours"], speeds[name], strict=True)]
+                    faster = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
+                    agree = "" if same[name] == batch else f" ({same[name]} of {batch} samples equal)"
+                    print(
+                        f"| {size} | {batch} | {shape} | {name}{agree} | {statistics.median(speeds[name]):,.0f} | "
+                        f"{'' if name == 'ours' else faster} | {statistics.median(firsts[name]):.0f} | {limit} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    run_script(main)
