@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -199,14 +200,12 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
     `what` names the flag and its value, `may` what the token has to allow: read or write.
     """
     from httpx2 import TransportError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         yield
     except HFValidationError as error:
         raise ValueError(f"{what}: {error}") from error
-    except OfflineModeIsEnabled as error:
-        raise ConnectionError(f"{what}: HF_HUB_OFFLINE is set; unset it to reach the Hub") from error
     except LocalEntryNotFoundError as error:
         raise ConnectionError(f"{what}: not in the cache, and the Hub cannot be reached") from error
     except HfHubHTTPError as error:
@@ -217,7 +216,7 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
             raise ValueError(f"{said}; check the name, or {login}") from error
         raise ConnectionError(f"{said}; try again later") from error
     except (TransportError, RuntimeError) as error:  # RuntimeError: a file's upload failed for good
-        why = " ".join(f"{error} {error.__cause__ or ''}".split())
+        why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
         raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
 
 
@@ -228,9 +227,12 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
     Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
     folder = Path(name)
     if is_hub_id(name):
+        if not sys.stderr.isatty():
+            disable_progress_bars()
         with hub_errors(f"--model {name}", may="read"):
             folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
     elif not folder.is_dir():

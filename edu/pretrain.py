@@ -66,7 +66,9 @@ def train(config: PretrainConfig) -> Result:
     shards, held_out = list_shards(config.data, "train"), list_shards(config.data, "val")
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, passes = rows_per_pass(config, world)
-    run = Run(config, "base", accelerator, tokenizer, [(origin(config.data), f"{len(shards):,} shards")])
+    tokens = config.max_steps * config.batch_size * config.sequence_length
+    trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
+    run = Run(config, "base", accelerator, tokenizer, trained_on)
     training = Training(run, make_model(config, tokenizer))
     if training.positions and len(training.positions) != world:
         raise ValueError(
@@ -98,7 +100,7 @@ def train(config: PretrainConfig) -> Result:
     results: dict[str, Any] = {}
     final = 20 * config.eval_batches
     if accelerator.is_main_process:
-        tokens = min(config.max_steps * config.batch_size * config.sequence_length, NGRAM_TOKENS)
+        tokens = min(tokens, NGRAM_TOKENS)
         count = tokens // (micro * config.sequence_length)
         seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), count)
         rows = validation_batches(
