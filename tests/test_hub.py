@@ -309,7 +309,12 @@ def test_a_stage_is_pushed_when_it_is_finished_and_loses_nothing_when_that_fails
 
     assert pretrain.train(replace(config, out=tmp_path / "again")).finished
     card = here.files("models/me/base")["README.md"].decode()
-    for words in ("| data | 128 tokens; shards there: 1 |", "| step | loss | bpb |", "| bpb / model |", 'model="me/base"'):
+    for words in (
+        "| data | 128 tokens; shards there: 1 |",
+        "| step | loss | bpb |",
+        "| bpb / model |",
+        'model="me/base"',
+    ):
         assert words in card
     assert here.repos["models/me/base"].private
     monkeypatch.delenv("HF_TOKEN")
