@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from edu.config import StageConfig, as_settings, check_resumable
-from edu.hub import write_card
+from edu.config import StageConfig, as_settings, check_resumable, push_advice
+from edu.hub import Card, check_token, model_folder, push, write_card
 from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
 from edu.model import GPT
 from edu.optim import MuonAdamW
@@ -32,26 +32,12 @@ from edu.runtime import describe
 from edu.tokenizer import Tokenizer
 
 
-def check_model(name: str) -> None:
-    """ValueError unless `name` is a folder with a checkpoint of this architecture, or may be a Hub id."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if folder.is_absolute() or name.endswith("/") or name.startswith(("runs/", ".")) or name.count("/") > 1:
-            raise ValueError(f"--model {name}: no such folder; run the stage that makes it first, or ./my_pipeline.sh")
-        return
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {name}: no config.json in this folder, so it holds no checkpoint")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "nanochat":
-        raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
-
-
 def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
     """A GPT from a folder or a Hub id, on a device; ValueError says what is missing."""
-    check_model(name)
+    folder = model_folder(name)
     quiet_transformers()
     try:
-        model = GPT.from_pretrained(name)
+        model = GPT.from_pretrained(folder)
     except SafetensorError as error:
         raise ValueError(f"--model {name}: its weights cannot be read ({error}); the file is damaged") from None
     assert isinstance(model, GPT)
@@ -61,12 +47,7 @@ def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
 
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer beside a model, in a folder or on the Hub."""
-    check_model(name)
-    if Path(name).is_dir():
-        return Tokenizer.load(Path(name))
-    from huggingface_hub import snapshot_download
-
-    return Tokenizer.load(Path(snapshot_download(name, allow_patterns=["tokenizer*", "*.jinja"])))
+    return Tokenizer.load(model_folder(name, ["config.json", "tokenizer*", "*.jinja"]))
 
 
 def quiet_transformers() -> None:
@@ -100,11 +81,21 @@ def newest_intact(folder: Path) -> Path | None:
 class Run:
     """One stage of a run: opens its folder, resumes, logs, saves. All processes make one; the main one writes."""
 
-    def __init__(self, config: StageConfig, stage: str, accelerator: Accelerator, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: StageConfig,
+        stage: str,
+        accelerator: Accelerator,
+        tokenizer: Tokenizer,
+        data: Sequence[tuple[str, str]],
+    ) -> None:
+        """`data`, for the model card: paths or Hub ids, and how much of each is trained on."""
         self.config, self.stage, self.accelerator, self.tokenizer = config, stage, accelerator, tokenizer
-        self.folder = config.out
+        self.folder, self.data = config.out, data
         quiet_transformers()
         if accelerator.is_main_process:
+            if config.push_to_hub is not None:
+                check_token()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
             check_resumable(config)
@@ -180,12 +171,17 @@ class Run:
             assert isinstance(unwrapped, GPT)
             scaler = self.accelerator.scaler
             inner = {"optimizer": optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
-            info = {"stage": self.stage, "step": step, "settings": as_settings(self.config)}
-            state = {"data": positions, "environment": describe(self.accelerator), **info}
+            state = {
+                "stage": self.stage,
+                "step": step,
+                "settings": as_settings(self.config),
+                "data": positions,
+                "environment": describe(self.accelerator),
+            }
             try:
                 unwrapped.save_pretrained(temporary, state_dict=weights)
                 self.tokenizer.save(temporary, model_max_length=unwrapped.config.max_position_embeddings)
-                write_card(temporary, info)
+                self._card(temporary, step, {})
                 torch.save(inner, temporary / "state" / "optimizer.pt")
                 _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
                 _seal(temporary, target)
@@ -207,15 +203,29 @@ class Run:
         for old in checkpoints(self.folder)[: -self.config.keep]:
             shutil.rmtree(old)
 
+    def _card(self, folder: Path, step: int, figures: Mapping[str, Any]) -> None:
+        course = read_metrics(self.folder / "metrics.jsonl")
+        write_card(folder, Card(self.stage, step, as_settings(self.config), self.data, course, figures))
+
     def finish(self, results: Mapping[str, Any]) -> None:
-        """Write eval.json, the last output of a stage: with it the stage is finished. Refresh the card with it."""
+        """Write eval.json, the last output of a stage: with it the stage is finished. Refresh the card with it, and push.
+
+        A push that fails is said, with the command that does it again, and costs the run nothing.
+        """
         if self.accelerator.is_main_process:
-            info = {"stage": self.stage, "step": self.config.max_steps, "settings": as_settings(self.config)}
-            write_card(self.folder, info | {"figures": results})
+            self._card(self.folder, self.config.max_steps, results)
             _write(self.folder / "eval.json", json.dumps({"stage": self.stage, **results}, indent=1))
         self.accelerator.wait_for_everyone()
         self.close()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process and self.config.push_to_hub is not None:
+            try:
+                print(f"pushed: {push(self.folder, self.config.push_to_hub, self.config.hub_private)}", flush=True)
+            except (ValueError, OSError) as error:
+                print(
+                    f"{self.folder}: finished and saved, but not pushed: {error}{push_advice(self.config)}",
+                    file=sys.stderr,
+                )
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from edu.command import read_yaml
@@ -74,6 +75,10 @@ class StageConfig:
     """Compile the model with torch.compile: faster steps after about a minute."""
     log_with: str | None = None
     """Tracker besides metrics.jsonl: tensorboard, wandb or trackio."""
+    push_to_hub: str | None = None
+    """Repository user/name to which the finished stage is pushed, as scripts/push.py does."""
+    hub_private: bool = False
+    """Whether that repository is private."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -85,6 +90,10 @@ class StageConfig:
                 raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be positive")
         if not 0 <= self.decay <= 1:
             raise ValueError(f"--decay {self.decay}: a share between 0 and 1")
+        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
+            raise ValueError(f"--push-to-hub {self.push_to_hub}: name the repository as user/name")
+        if self.hub_private and self.push_to_hub is None:
+            raise ValueError("--hub-private: nothing is pushed without --push-to-hub user/name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +231,7 @@ def as_settings(config: Any) -> dict[str, Any]:
 
 # What may differ when a run is resumed: how it is saved, split and measured, not what is learnt.
 FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
+FREE_ON_RESUME |= {"push_to_hub", "hub_private"}
 FREE_ON_RESUME |= {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
 
 
@@ -242,3 +252,11 @@ def is_finished(config: StageConfig) -> bool:
     path = config.out / "eval.json"
     check_resumable(config)
     return path.is_file() and json.loads(path.read_text()).get("step") == config.max_steps
+
+
+def push_advice(config: StageConfig) -> str:
+    """How to push a finished stage that asks for it, as the end of a message; "" where it does not."""
+    if config.push_to_hub is None:
+        return ""
+    private = " --private" if config.hub_private else ""
+    return f"; to push it: python scripts/push.py --model {quote(str(config.out))} --repo {config.push_to_hub}{private}"

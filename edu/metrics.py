@@ -216,6 +216,11 @@ def measures(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
             yield from measures(value, (*path, name))
 
 
+def is_detail(path: tuple[str, ...]) -> bool:
+    """Whether a figure is about a part of what was measured: a kind of problem, how answers ended."""
+    return any(name.startswith("by_") or name == "answers" for name in path)
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(7.4), duration(83), duration(3 * 3600 + 62)

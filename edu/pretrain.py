@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from edu.metrics import BPB
 from edu.model import GPT, GPTConfig
 from edu.report import environment
 from edu.runtime import compute_init
-from edu.shards import list_shards
+from edu.shards import list_shards, read_manifest
 from edu.step import Term
 from edu.tokenizer import Tokenizer
 
@@ -51,6 +52,13 @@ def rows_per_pass(config: PretrainConfig, world_size: int) -> tuple[int, int]:
     return micro, rows // micro
 
 
+def origin(data: Path) -> str:
+    """Where a folder's shards were downloaded from: a Hub id, or an address; the folder itself where it does not say."""
+    name = next((entry["source"] for entry in read_manifest(data).values()), str(data))
+    repo, _, rest = name.partition(":")
+    return name if rest.startswith("//") else repo
+
+
 def train(config: PretrainConfig) -> Result:
     """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
@@ -58,7 +66,9 @@ def train(config: PretrainConfig) -> Result:
     shards, held_out = list_shards(config.data, "train"), list_shards(config.data, "val")
     rank, world = accelerator.process_index, accelerator.num_processes
     micro, passes = rows_per_pass(config, world)
-    run = Run(config, "base", accelerator, tokenizer)
+    tokens = config.max_steps * config.batch_size * config.sequence_length
+    trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
+    run = Run(config, "base", accelerator, tokenizer, trained_on)
     training = Training(run, make_model(config, tokenizer))
     if training.positions and len(training.positions) != world:
         raise ValueError(
@@ -90,7 +100,7 @@ def train(config: PretrainConfig) -> Result:
     results: dict[str, Any] = {}
     final = 20 * config.eval_batches
     if accelerator.is_main_process:
-        tokens = min(config.max_steps * config.batch_size * config.sequence_length, NGRAM_TOKENS)
+        tokens = min(tokens, NGRAM_TOKENS)
         count = tokens // (micro * config.sequence_length)
         seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), count)
         rows = validation_batches(

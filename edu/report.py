@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from edu import metrics
-from edu.metrics import LOSS, REWARD, Measure, duration, measures, read_metrics
+from edu.metrics import LOSS, REWARD, Measure, duration, is_detail, measures, read_metrics
 from edu.page import Block, Chat, Facts, Plot, Section, Table, plot, to_html, to_markdown
 
 TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
@@ -141,11 +141,6 @@ def _plots(stage: Stage) -> list[Plot]:
     ]
 
 
-def _is_detail(path: tuple[str, ...]) -> bool:
-    """Whether a figure is about a part of what was measured: a kind of problem, how answers ended."""
-    return any(name.startswith("by_") or name == "answers" for name in path)
-
-
 def _comparison(stages: Sequence[Stage], wanted: Callable[[tuple[str, ...]], bool]) -> list[Block]:
     """A table for each thing measured whose figures are `wanted`: a row a figure, a column a stage."""
     found: dict[str, dict[tuple[str, ...], dict[str, Measure]]] = {}
@@ -233,10 +228,10 @@ def sections(run: Path) -> list[Section]:
     for stage in stages:
         blocks = [*stage.notes, *_plots(stage)]
         result.append(Section(TITLES[stage.name], blocks or ["Nothing was recorded."]))
-    result.append(Section("What was measured", _comparison(stages, lambda path: not _is_detail(path)) or [unmeasured]))
+    result.append(Section("What was measured", _comparison(stages, lambda path: not is_detail(path)) or [unmeasured]))
     if kinds := _comparison(stages, lambda path: "sampled" in path and path[-2] in ("by_kind", "by_steps")):
         result.append(Section("Problems by kind and by number of steps: share of samples that are right", kinds))
-    if details := _comparison(stages, _is_detail):
+    if details := _comparison(stages, is_detail):
         result.append(Section("All other figures", details, folded=True))
     chats = [(stage.name, _chats(stage)) for stage in stages]
     result += [Section(f"{TITLES[name]}: samples before and after", found) for name, found in chats if found]

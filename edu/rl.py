@@ -43,13 +43,15 @@ def train(config: RLConfig) -> Result:
     measured: Task = measures.tasks["math"]
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
-    run = Run(config, "rl", accelerator, tokenizer)
-    training = Training(run, model)
+    trained_on = [(str(config.problems or "openai/gsm8k"), f"{len(task):,} problems, right answers rewarded")]
     replay = None
     if config.replay is not None:
         data = load_sft_data(config.replay, tokenizer, T)
         accelerator.print(data.describe())
+        trained_on += [(name, f"in the replay: {words}") for name, words in data.counts().items()]
         replay = Epochs(data.train, T, config.seed)
+    run = Run(config, "rl", accelerator, tokenizer, trained_on)
+    training = Training(run, model)
 
     def local_rollouts(step: int) -> list[list[Rollout]]:
         chosen = draw(len(task), config.seed, step * config.batch_size, config.batch_size)

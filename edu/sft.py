@@ -29,7 +29,7 @@ def train(config: SFTConfig) -> Result:
     epochs = Epochs(data.train, T, config.seed)
     held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)][:VAL_ROWS]
     measures = read_measures(config)
-    run = Run(config, "sft", accelerator, tokenizer)
+    run = Run(config, "sft", accelerator, tokenizer, list(data.counts().items()))
     model = load_model(config.model)
     if (context := model.config.max_position_embeddings) < T:
         raise ValueError(f"--sequence-length {T}: {config.model} has a context of {context}")

@@ -55,12 +55,13 @@ class SFTData:
     report: dict[str, Counter[str]]
     """Per source: how many are "used", and how many are not, by reason."""
 
+    def counts(self) -> dict[str, str]:
+        """The report in words, by source."""
+        return {name: ", ".join(f"{n:,} {why}" for why, n in counts.items()) for name, counts in self.report.items()}
+
     def describe(self) -> str:
         """The report in words, a line a source."""
-        lines = (
-            f"{name}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items()) for name, counts in self.report.items()
-        )
-        return "\n".join(lines)
+        return "\n".join(f"{name}: {words}" for name, words in self.counts().items())
 
 
 def read_mixture(path: Path) -> list[Source]:

@@ -1,13 +1,13 @@
 """Reinforce right answers. Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml"""
 
 from edu.command import parse, run_script
-from edu.config import RLConfig, is_finished
+from edu.config import RLConfig, is_finished, push_advice
 
 
 def main() -> int:
     config = parse(RLConfig)
     if is_finished(config):
-        print(f"{config.out}: finished, nothing to do")
+        print(f"{config.out}: finished, nothing to do{push_advice(config)}")
         return 0
     from edu.rl import train
 
