@@ -80,6 +80,9 @@ def head_log_probs(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if torch.compiler.is_compiling():  # how many are kept depends on the data, and would break the graph
+        every = _HeadLogProbs.apply(hidden.flatten(0, 1), weight, targets.clamp(min=0).flatten(), cap)
+        return every.view(targets.shape).masked_fill(~kept, 0.0)
     found = _HeadLogProbs.apply(hidden[kept], weight, targets[kept], cap)
     logprobs = torch.zeros(targets.shape, dtype=found.dtype, device=hidden.device)
     return logprobs.masked_scatter(kept, found)

@@ -219,10 +219,10 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
     """The language model: a Hugging Face causal LM, and the log-probabilities that every trainer here needs."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    loss_type = "ForCausalLM"
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # PreTrainedModel reads it from the class's name, and finds none in ours
         self.model = GPTModel(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

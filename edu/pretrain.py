@@ -31,7 +31,8 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(config.seed)
     given: dict[str, Any] = {
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.assistant_end,
+        # What ends a generation: a turn; a call, whose output only the caller can give; a document.
+        "eos_token_id": [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos],
         "pad_token_id": tokenizer.pad,
     }
     given |= {"max_position_embeddings": config.sequence_length}

@@ -124,7 +124,8 @@ def test_every_stage_leaves_a_stock_model_and_its_figures(
     for name, config in finished.items():
         model = AutoModelForCausalLM.from_pretrained(config.out)
         assert type(model).__name__ == "NanoChatForCausalLM"
-        assert model.generation_config.eos_token_id == tokenizer.assistant_end
+        stops = [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos]
+        assert model.generation_config.eos_token_id == model.config.eos_token_id == stops
         text = AutoTokenizer.from_pretrained(config.out)
         assert text("The cat", add_special_tokens=False).input_ids == tokenizer.encode("The cat")
         assert json.loads((config.out / "eval.json").read_text())["step"] == config.max_steps

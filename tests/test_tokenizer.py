@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from edu.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, bytes_per_token, train_tokenizer
+from edu.world import draw_documents
 
 ROOT = Path(__file__).parent.parent
 HARD = [
@@ -70,6 +72,15 @@ def test_auto_tokenizer_equals_tiktoken_on_any_text(
     tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, text: str
 ) -> None:
     assert stock(auto, text) == tokenizer.encode(text)
+
+
+def test_auto_tokenizer_equals_tiktoken_on_the_embedded_corpus(tmp_path: Path) -> None:
+    texts = list(islice(draw_documents(0), 2_000))
+    tokenizer = train_tokenizer(texts, vocab_size=1_024)
+    tokenizer.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    expected = auto(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
 
 
 def test_random_vocabularies_merge_alike_in_both_engines(tmp_path: Path) -> None:
