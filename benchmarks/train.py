@@ -51,7 +51,7 @@ def matmul_speed() -> float:
 
     def once() -> float:
         start = time.process_time()
-        a @ a
+        torch.mm(a, a)
         return 2 * 1024**3 / (time.process_time() - start)
 
     return statistics.median(once() for _ in range(10))

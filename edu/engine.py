@@ -140,13 +140,13 @@ class Engine:
             arrivals = list[int]()
             while waiting and len(rows) + (len(arrivals) + 1) * K <= capacity:
                 arrivals.append(waiting.popleft())
-            if arrivals:
-                lengths = [len(prompts[i]) for i in arrivals]
-                fresh = KVCache(len(arrivals), max(lengths), self.model)
-                first = self.prefill([prompts[i] for i in arrivals], fresh)
-                forks = [(place, i, k) for place, i in enumerate(arrivals) for k in range(K)]
+            for group in _alike(arrivals, prompts):
+                longest = len(prompts[group[-1]])
+                fresh = KVCache(len(group), longest, self.model)
+                first = self.prefill([prompts[i] for i in group], fresh)
+                forks = [(place, i, k) for place, i in enumerate(group) for k in range(K)]
                 at = range(len(rows), len(rows) + len(forks))
-                cache.copy_rows(list(at), [place for place, _, _ in forks], max(lengths), fresh)
+                cache.copy_rows(list(at), [place for place, _, _ in forks], longest, fresh)
                 logits = torch.cat((logits, first.repeat_interleave(K, 0)))
                 for row, (_, i, k) in zip(at, forks, strict=True):
                     limit = min(max_new_tokens, self.config.max_position_embeddings - len(prompts[i]))
@@ -180,6 +180,23 @@ class Engine:
         for gap, mover in zip(gaps, movers, strict=True):
             rows[gap] = rows[mover]
         return rows[:count]
+
+
+def _alike(arrivals: Sequence[int], prompts: Sequence[list[int]]) -> list[list[int]]:
+    """The arrivals, shortest first, in groups so alike in length that padding a group costs little.
+
+    >>> _alike([0, 1, 2, 3], [[1] * 900, [1] * 8, [1] * 1000, [1] * 7])
+    [[3, 1], [0, 2]]
+    """
+    groups = list[list[int]]()
+    for i in sorted(arrivals, key=lambda i: len(prompts[i])):
+        tokens = sum(len(prompts[j]) for j in groups[-1]) if groups else 0
+        padding = len(prompts[i]) * len(groups[-1]) - tokens if groups else 0
+        if groups and padding <= max(256, tokens / 4):  # a call of its own costs about as much as 256 tokens
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def _advance(row: _Row, token: int, logprob: float, stop_tokens: set[int], tool: Tool | None) -> bool:

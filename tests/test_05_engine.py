@@ -136,6 +136,26 @@ def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> N
         assert torch.equal(cache.tensor[row, 1, 0, :, at], k[row, :, 0])
         assert torch.equal(cache.tensor[row, 1, 1, :, at], -k[row, :, 0])
     assert cache.tensor.count_nonzero() == 2 * k.numel()
+    wide = KVCache(3, 10, random_gpt(num_attention_heads=8, num_key_value_heads=8))
+    narrow = KVCache(3, 10, random_gpt(num_attention_heads=8, num_key_value_heads=2))
+    assert wide.tensor.numel() == 4 * narrow.tensor.numel(), "a quarter of the heads takes a quarter of the memory"
+
+
+def test_prompts_of_very_different_lengths_are_not_padded_to_the_longest() -> None:
+    model = random_gpt(vocab_size=50, max_position_embeddings=1024)
+    widths = list[int]()
+    forward = model.model.forward
+
+    def watched(input_ids: torch.Tensor, **options: object) -> object:
+        widths.extend([input_ids.shape[1]] * len(input_ids))
+        return forward(input_ids=input_ids, **options)
+
+    model.model.forward = watched  # type: ignore[method-assign]
+    prompts = [[1 + i % 7] * (600 if i in (3, 5) else 4 + i) for i in range(8)]
+    together = Engine(model).generate(prompts, max_new_tokens=5, temperature=0)
+    assert sorted(widths) == [11] * 6 + [600] * 2
+    for prompt, group in zip(prompts, together, strict=True):
+        assert Engine(model).generate([prompt], max_new_tokens=5, temperature=0)[0][0].tokens == group[0].tokens
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
