@@ -58,7 +58,7 @@ class Card:
     """What a model card is written from."""
 
     stage: str = "base"
-    """base, sft or rl."""
+    """base, sft, rl, or imported."""
     step: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The stage's configuration as plain values."""

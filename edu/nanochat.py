@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from edu.gpt_config import GPTConfig
-from edu.hub import write_card
+from edu.hub import Card, write_card
 from edu.model import GPT
 from edu.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -73,7 +73,9 @@ def import_nanochat(folder: Path, out: Path, step: int | None = None, tokenizer:
     model.save_pretrained(temporary)
     vocabulary.save(temporary, model_max_length=config.max_position_embeddings)
     step = int(weights.stem.removeprefix("model_"))
-    write_card(temporary, {"stage": "imported", "name": f"nanochat {folder.resolve().name}", "step": step})
+    write_card(
+        temporary, Card("imported", step, data=[(f"nanochat {folder.resolve().name}", "as it was trained there")])
+    )
     if out.exists():
         out.rmdir()
     return temporary.rename(out)
