@@ -3,7 +3,8 @@
 Example: python benchmarks/dataloader.py --data data/fineweb-edu --tokenizer runs/d12/tokenizer
 
 Contenders take turns of some seconds, several rounds, in one process bound to one core; times are CPU seconds of all
-threads, so other work on the machine matters little. Only text tokens count, BOS and padding do not.
+threads. Each turn stands beside a turn of bare encoding, and the ratio is of these two: how fast a core is depends on
+what its neighbours do. Only text tokens count, BOS and padding do not.
 """
 
 import itertools
@@ -44,14 +45,15 @@ class Contender:
     stream: Iterator[int]
     notes: Callable[[], str] = str
     speeds: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
 
-    def turn(self, seconds: float) -> None:
-        """One turn; the pause at its end lets work ahead of need finish within the turn that it belongs to."""
+    def turn(self, seconds: float) -> float:
+        """One turn's tokens/s; the pause at its end lets work ahead of need finish within the turn it belongs to."""
         start, tokens = time.process_time(), 0
         while time.process_time() - start < seconds:
             tokens += next(self.stream)
         time.sleep(0.5)
-        self.speeds.append(tokens / (time.process_time() - start))
+        return tokens / (time.process_time() - start)
 
 
 def raw(paths: Sequence[Path], tokenizer: Any) -> Iterator[int]:
@@ -127,7 +129,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     paths, tokenizer = list_shards(args.data, "train"), Tokenizer.load(args.tokenizer)
-    contenders = [Contender("encoding alone", raw(paths, tokenizer))]
+    bare, contenders = Contender("encoding alone", raw(paths, tokenizer)), list[Contender]()
     for T in args.sequence_lengths:
         contenders += [
             ours(f"T={T} carry (default)", paths, tokenizer, T),
@@ -135,17 +137,19 @@ def main() -> None:
             ours(f"T={T} crop", paths, tokenizer, T, carry=False),
             Contender(f"T={T} datasets", hugging_face(paths, args.tokenizer, T)),
         ]
-    for contender in contenders:
+    for contender in (bare, *contenders):
         next(contender.stream)
     for _ in range(args.rounds):
         for contender in contenders:
-            contender.turn(args.seconds)
+            bare.speeds.append(bare.turn(args.seconds))
+            contender.speeds.append(contender.turn(args.seconds))
+            contender.ratios.append(contender.speeds[-1] / bare.speeds[-1])
+    print(f"{bare.name:24} {statistics.median(bare.speeds) / 1e3:5.0f}k tokens/s")
     for contender in contenders:
-        ratios = [a / b for a, b in zip(contender.speeds, contenders[0].speeds, strict=True)]
-        speed, ratio = statistics.median(contender.speeds), statistics.median(ratios)
+        low, middle, high = (sorted(contender.ratios)[i] for i in (0, len(contender.ratios) // 2, -1))
         print(
-            f"{contender.name:24} {speed / 1e3:5.0f}k tokens/s, {ratio:.2f} [{min(ratios):.2f}-{max(ratios):.2f}] "
-            f"of encoding alone  {contender.notes()}"
+            f"{contender.name:24} {statistics.median(contender.speeds) / 1e3:5.0f}k tokens/s, "
+            f"{middle:.2f} [{low:.2f}-{high:.2f}] of encoding alone  {contender.notes()}"
         )
 
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 from edu.command import read_yaml
 
@@ -103,6 +103,8 @@ class PretrainConfig(StageConfig):
     out: Path = Path("runs/tiny/base")
     data: Path = Path("data/tiny")
     """Folder of training shards; its folder val/ holds the validation shards."""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """A shard or row group that cannot be read ends the run, or is named, counted and left out."""
     tokenizer: Path = Path("runs/tiny/tokenizer")
     """Folder written by scripts/train_tokenizer.py."""
     depth: int | None = None
@@ -131,6 +133,8 @@ class PretrainConfig(StageConfig):
             for name in ("layers", "channels", "heads", "kv_heads")
         }
         given = [f"--{flag(name)}" for name, default in sizes.items() if getattr(self, name) != default]
+        if self.on_bad_shard not in ("error", "skip"):
+            raise ValueError(f"--on-bad-shard {self.on_bad_shard}: must be error or skip")
         if self.depth is not None and given:
             raise ValueError(f"--depth {self.depth} sets the sizes: leave {', '.join(given)} out")
 
@@ -231,7 +235,7 @@ def as_settings(config: Any) -> dict[str, Any]:
 
 # What may differ when a run is resumed: how it is saved, split and measured, not what is learnt.
 FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
-FREE_ON_RESUME |= {"push_to_hub", "hub_private"}
+FREE_ON_RESUME |= {"push_to_hub", "hub_private", "on_bad_shard"}
 FREE_ON_RESUME |= {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
 
 

@@ -32,6 +32,7 @@ _HERE = "path/to/this/folder"  # stands for the model's name in a card that is n
 _WORDS = {
     "base": "pretrained on text: it continues a text, it does not chat",
     "sft": "pretrained, then fine-tuned on conversations",
+    "imported": "trained by nanochat; its logits are unchanged",
     "rl": "pretrained, fine-tuned on conversations, then trained by reinforcement learning on problems with checkable answers",
 }
 _USE_CHAT = """\
@@ -57,7 +58,7 @@ class Card:
     """What a model card is written from."""
 
     stage: str = "base"
-    """base, sft or rl."""
+    """base, sft, rl, or imported."""
     step: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The stage's configuration as plain values."""

@@ -63,9 +63,9 @@ class Loader:
         self.coming = itertools.chain.from_iterable(Ahead(source.documents(state.position, epochs)))
         self._restore()
 
-    def batches(self, batch_size: int, sequence_length: int) -> Iterator[tuple[Batch, LoaderState]]:
+    def batches(self, batch_size: int) -> Iterator[tuple[Batch, LoaderState]]:
         """Batches until the documents run out; the last one then has places with nothing to learn."""
-        while batch := self.packer.batch(batch_size, sequence_length, self._refill):
+        while batch := self.packer.batch(batch_size, self._refill):
             state = LoaderState(
                 self.start.shards,
                 self.start.rank,
@@ -152,8 +152,8 @@ def stream_batches(
     if state:
         check_state(state, fresh)
     source = Source(shards, tokenizer, rank, world_size, column, on_bad)
-    loader = Loader(source, StreamPacker(tokenizer.bos, carry), buffer_size, state or fresh, epochs)
-    return loader.batches(batch_size, sequence_length)
+    loader = Loader(source, StreamPacker(tokenizer.bos, sequence_length, carry), buffer_size, state or fresh, epochs)
+    return loader.batches(batch_size)
 
 
 def validation_batches(

@@ -10,6 +10,7 @@ B batch, T sequence length. A row of T inputs and T targets, shifted by one, com
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -57,7 +58,8 @@ class Piece:
 class BestFit(Generic[V]):
     """A buffer of sized items that finds the largest that fits a room, and the oldest, by bisection.
 
-    Keys are unique tuples that begin with the size; among equal sizes the greatest key is found first.
+    Keys are unique tuples that begin with the size; among equal sizes the greatest key is found first. An item larger
+    than `limit` fits no room that will be asked for: it is found by its age only, and costs no sorting.
 
     >>> buffer = BestFit[str]()
     >>> for size, word in [(5, "hello"), (2, "hi"), (3, "hey")]:
@@ -66,17 +68,19 @@ class BestFit(Generic[V]):
     ((3,), None, (5,), 'hey', 2)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = inf) -> None:
+        self.limit = limit
         self._sorted: list[Key] = []
         self.items: dict[Key, V] = {}  # in order of age
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self.items)
 
     def add(self, key: Key, item: V) -> None:
         """Put an item in, as the youngest."""
         assert key not in self.items, f"two items {key}"
-        insort(self._sorted, key)
+        if key[0] <= self.limit:
+            insort(self._sorted, key)
         self.items[key] = item
 
     def fitting(self, room: int) -> Key | None:
@@ -89,12 +93,13 @@ class BestFit(Generic[V]):
         return next(iter(self.items), None)
 
     def smallest(self) -> Key:
-        """The key of the smallest item."""
+        """The key of the smallest item; all of them have to be within the limit."""
         return self._sorted[0]
 
     def pop(self, key: Key) -> V:
         """Take an item out."""
-        del self._sorted[bisect_left(self._sorted, key)]
+        if key[0] <= self.limit:
+            del self._sorted[bisect_left(self._sorted, key)]
         return self.items.pop(key)
 
 
@@ -170,74 +175,77 @@ class StreamPacker:
     at a document's start. A buffer of one document (see `batch`) is concatenation in the order of the stream.
     """
 
-    def __init__(self, bos: int, carry: bool = True) -> None:
+    def __init__(self, bos: int, sequence_length: int, carry: bool = True) -> None:
         self.carry = carry
-        self.buffer = BestFit[np.ndarray]()
+        # Slices of memory, not of arrays: packing rows of 256 takes two thirds of the time (docs/LOG.md, 2026-11-24).
+        self.buffer = BestFit[memoryview](limit=sequence_length + 1 if carry else inf)
         self.tokens = 0  # waiting in the buffer, BOS included
         self.dropped = 0  # thrown away so far
-        self._bos = np.array([bos])
+        self._bos = memoryview(np.array([bos], np.int32))
+        self._ramp = memoryview(np.arange(sequence_length + 1, dtype=np.int32))
+        self._unfilled = memoryview(np.full(sequence_length + 1, IGNORE, np.int32))
 
     def add(self, place: Key, ids: np.ndarray) -> None:
         """Put in a document. place: where it comes from, unique; its last number is the first token's offset there."""
-        size = 1 + len(ids)
-        assert size > 1, f"an empty document at {place}"
-        self.buffer.add((size, *place), ids)
-        self.tokens += size
+        assert len(ids), f"an empty document at {place}"
+        self._put((1 + len(ids), *place), memoryview(np.asarray(ids, np.uint32).view(np.int32)))
 
-    def batch(self, batch_size: int, sequence_length: int, refill: Callable[[], None]) -> Batch | None:
+    def _put(self, key: Key, ids: memoryview) -> None:
+        self.buffer.add(key, ids)
+        self.tokens += key[0]
+
+    def batch(self, batch_size: int, refill: Callable[[], None]) -> Batch | None:
         """The next rows, full unless the documents run out; None when there were none left to start with.
 
         refill is called before each choice, to keep the buffer as full as its owner wants it.
         """
-        parts: list[np.ndarray] = []  # BOS, ids, BOS, ids, ...: one copy in the end is faster than one for each
-        sizes: list[int] = []
+        parts: list[memoryview] = []  # BOS, ids, BOS, ids, ...
+        sizes: list[int] = []  # of each piece, its BOS included
         for _ in range(batch_size):
-            self._row(sequence_length + 1, parts, sizes, refill)
-        if not parts:
+            room = self._row(parts, sizes, refill)
+            if room:
+                parts.append(self._unfilled[:room])
+                sizes.append(room)
+        if parts[0] is not self._bos:
             return None
-        ramp = np.arange(sequence_length + 1)
-        missing = batch_size * len(ramp) - sum(sizes)
-        parts.append(np.full(missing, IGNORE))
-        sizes += [missing % len(ramp), *[len(ramp)] * (missing // len(ramp))]
-        tokens = np.concatenate(parts, dtype=np.int64).reshape(batch_size, -1)
-        positions = np.concatenate([ramp[:size] for size in sizes]).reshape(batch_size, -1)
-        return shift(tokens, positions, int(self._bos[0]))
+        shape = batch_size, len(self._ramp)
+        ramps = [self._ramp[:size] for size in sizes]
+        tokens, positions = (np.frombuffer(b"".join(x), np.int32).reshape(shape) for x in (parts, ramps))
+        return shift(tokens, positions, self._bos[0])
 
-    def _row(self, room: int, parts: list[np.ndarray], sizes: list[int], refill: Callable[[], None]) -> None:
-        """Append one row's pieces, each BOS and ids, and their sizes."""
-        buffer = self.buffer
+    def _row(self, parts: list[memoryview], sizes: list[int], refill: Callable[[], None]) -> int:
+        """Append one row's pieces, each BOS and ids, and their sizes; gives the room that is left for want of documents."""
+        buffer, room = self.buffer, len(self._ramp)
         refill()
         key = buffer.oldest()
         while key:
             parts.append(self._bos)
             if room == 1:  # the BOS alone: what follows it is not read, and the document stays whole
                 sizes.append(1)
-                return
-            size = min(key[0], room)
+                return 0
+            ids, size = buffer.pop(key), key[0]
+            self.tokens -= size
+            if size > room:  # cut
+                if self.carry:
+                    self._put((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
+                else:
+                    self.dropped += size - room
+                ids, size = ids[: room - 1], room
+            parts.append(ids)
             sizes.append(size)
-            parts.append(self._take(key, size))
-            if not (room := room - size):
-                return
+            room -= size
+            if not room:
+                return 0
             refill()
             key = buffer.fitting(room) or (buffer.oldest() if self.carry or not len(buffer) else buffer.smallest())
-
-    def _take(self, key: Key, size: int) -> np.ndarray:
-        """Take a document out, or as much of it as makes `size` with its BOS; the rest goes back, or is dropped."""
-        ids = self.buffer.pop(key)
-        self.tokens -= key[0]
-        if size == key[0]:
-            return ids
-        if self.carry:
-            self.add((*key[1:-1], key[-1] + size - 1), ids[size - 1 :])
-        else:
-            self.dropped += key[0] - size
-        return ids[: size - 1]
+        return room
 
 
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
-    """The Batch of rows of T + 1 tokens, (B, T + 1) int64 each; IGNORE marks places at the end that are not filled."""
-    inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    """The Batch of rows of T + 1 tokens, (B, T + 1) integers each; IGNORE marks places at the end that are not filled."""
+    inputs, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+    weights = np.ones(targets.shape, np.float32)
     if tokens[-1, -1] == IGNORE:
+        weights[targets == IGNORE] = 0
         inputs[inputs == IGNORE] = pad
-    weights = (targets != IGNORE).astype(np.float32)
-    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions[:, :-1].copy())))
+    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions[:, :-1].astype(np.int64))))

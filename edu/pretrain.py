@@ -76,7 +76,9 @@ def train(config: PretrainConfig) -> Result:
             f"{config.out} was trained by {len(training.positions)} processes: resume with as many, not {world}"
         )
     state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
-    stream = stream_batches(shards, tokenizer, micro, config.sequence_length, rank, world, state)
+    stream = stream_batches(
+        shards, tokenizer, micro, config.sequence_length, rank, world, state, on_bad=config.on_bad_shard
+    )
 
     def next_data(_: int) -> StepData:
         taken = list(islice(stream, passes))
@@ -103,7 +105,9 @@ def train(config: PretrainConfig) -> Result:
     if accelerator.is_main_process:
         tokens = min(tokens, NGRAM_TOKENS)
         count = tokens // (micro * config.sequence_length)
-        seen = islice(stream_batches(shards, tokenizer, micro, config.sequence_length), count)
+        seen = islice(
+            stream_batches(shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard), count
+        )
         rows = validation_batches(
             held_out, tokenizer, micro, config.sequence_length, final * config.batch_size // micro
         )

@@ -7,7 +7,8 @@ A mixture file lists the sources:
     - path: data/tiny/problems/sft.jsonl  # {"question", "answer"}: GSM8K's form, calls of the calculator included
     - hub: HuggingFaceTB/smol-smoltalk    # a data set of the Hub, with `config` and `split`
 
-What cannot be used is counted by reason and said; a source with nothing usable is an error.
+What cannot be used is counted by reason and said; a source with nothing usable is an error. A row that is no
+conversation is an error where the file is one's own to mend, and counted where the data set is the Hub's.
 """
 
 import zlib
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from edu.chat import Rendered, check_messages, render
+from edu.chat import Rendered, render
 from edu.command import read_yaml
 from edu.packing import Batch, Piece, collate, pack_rows
 from edu.tasks import read_rows, text_field
@@ -36,7 +37,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     weight: float = 1.0
-    """How often each conversation is seen in an epoch."""
+    """How often each conversation is seen in an epoch. Those held out count once, so that their loss stays comparable."""
 
     @property
     def name(self) -> str:
@@ -111,19 +112,19 @@ def read_source(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def messages_of(row: dict[str, Any], place: str) -> list[Any]:
-    """The messages of a row in one of the three forms; ValueError shows how to convert another."""
+    """The messages of a row in one of the three forms, their order unchecked; ValueError shows how to convert another."""
     if "messages" in row:
-        return check_messages(row["messages"])
+        return row["messages"]
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
         if not isinstance(asked, list) or not isinstance(said, list):
             raise ValueError("prompt and completion: expected text, or lists of messages")
-        return check_messages([*asked, *said])
+        return [*asked, *said]
     if "question" in row and "answer" in row:
         question, answer = (text_field(row, name, place) for name in ("question", "answer"))
-        return check_messages(conversation(question, answer))
+        return conversation(question, answer)
     form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
     raise ValueError(
         f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer"
@@ -143,8 +144,12 @@ def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_ev
         owed = 0.0
         for place, row in read_source(source):
             try:
-                rendered = render(messages_of(row, place), tokenizer)
+                messages = messages_of(row, place)
+                rendered = render(messages, tokenizer)
             except ValueError as error:
+                if source.hub and str(error).startswith(("message ", "an empty conversation")):
+                    counts["no conversation in order"] += 1
+                    continue
                 raise ValueError(str(error) if str(error).startswith(place) else f"{place}: {error}") from error
             reason = unusable(rendered, sequence_length)
             counts[reason or "used"] += 1

@@ -138,9 +138,10 @@ def shard_path(index: int, target_dir: Path | str, source: Source) -> Path:
 
 
 def list_shards(data_dir: Path | str, split: Literal["train", "val"]) -> list[Path]:
-    """The shards of one split, sorted; ValueError naming the command to run when there are none."""
+    """The shards of one split, sorted, folders within included; ValueError naming the command when there are none."""
     folder = Path(data_dir, "val") if split == "val" else Path(data_dir)
-    if shards := sorted(folder.glob("*.parquet")):
+    found = (path for path in folder.rglob("*.parquet") if path.relative_to(folder).parts[0] != "val")
+    if shards := sorted(found):
         return shards
     name = Path(data_dir).name if Path(data_dir).name in {"tiny", *KNOWN} else "SOURCE"
     command = f"python scripts/download_shards.py --source {name} --out {data_dir}"

@@ -60,12 +60,22 @@ class Tokenizer:
     vocab_size: all ids, special tokens included: the rows of the model's embedding.
     """
 
-    def __init__(self, ranks: Mapping[bytes, int], pattern: str = PATTERN, model_max_length: int | None = None) -> None:
-        """ranks: token bytes -> id, 0 .. n - 1; the special tokens take n .. n + 9. pattern: the split's regex."""
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        pattern: str = PATTERN,
+        model_max_length: int | None = None,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> None:
+        """ranks: token bytes -> id, 0 .. n - 1; the special tokens take n .. n + 9. pattern: the split's regex.
+
+        special_tokens: those, or all but the last: nanochat's vocabularies have no pad, and assistant_end pads.
+        """
+        assert tuple(special_tokens) in (SPECIAL_TOKENS, SPECIAL_TOKENS[:-1]), special_tokens
         self.ranks = dict(ranks)
         self.pattern = pattern
         self.model_max_length = model_max_length
-        self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         (
             self.bos,
             self.user_start,
@@ -76,11 +86,12 @@ class Tokenizer:
             self.python_end,
             self.output_start,
             self.output_end,
-            self.pad,
+            *pad,
         ) = self.special.values()
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        (self.pad,) = pad or (self.assistant_end,)
+        self.vocab_size = len(ranks) + len(self.special)
         ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
-        self._bytes = ordinary + [name.encode() for name in SPECIAL_TOKENS]
+        self._bytes = ordinary + [name.encode() for name in self.special]
         self._bpe = tiktoken.Encoding(
             "edu",
             pat_str=pattern,
@@ -121,7 +132,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Bytes of text each id stands for, (V,) int64; 0 for special tokens. For bits per byte of raw text."""
-        return np.array([len(token) for token in self._bytes[: self.bos]] + [0] * len(SPECIAL_TOKENS), dtype=np.int64)
+        return np.array([len(token) for token in self._bytes[: self.bos]] + [0] * len(self.special), dtype=np.int64)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, each complete or not at all.
@@ -131,7 +142,7 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = tokenizer_config(model_max_length or self.model_max_length)
+        config = tokenizer_config(self, model_max_length or self.model_max_length)
         _write(folder / "chat_template.jinja", _shipped("chat_template.jinja"))
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
         _write(folder / "tokenizer.json", hugging_face_json(self))
@@ -151,11 +162,12 @@ class Tokenizer:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: not a tokenizer of this project's form (byte-level BPE): {reason}") from error
-        expected = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        if special != expected or sorted(ranks.values()) != list(range(len(ranks))):
+        names = tuple(sorted(special, key=special.__getitem__))
+        ids = [*sorted(ranks.values()), *sorted(special.values())]
+        if names not in (SPECIAL_TOKENS, SPECIAL_TOKENS[:-1]) or ids != list(range(len(ids))):
             raise ValueError(f"{path}: expected ids 0, 1, 2, ... with {', '.join(SPECIAL_TOKENS)} last, in this order")
         length = config.get("model_max_length")
-        return cls(ranks, pattern, length if isinstance(length, int) and length < 10**9 else None)
+        return cls(ranks, pattern, length if isinstance(length, int) and length < 10**9 else None, names)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -194,21 +206,6 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> float:
-    """Compression: UTF-8 bytes of the raw texts over the tokens they take. ValueError if there is no text.
-
-    >>> bytes_per_token(train_tokenizer([], vocab_size=356), ["1234", "é"])
-    1.5
-    """
-    total_bytes = total_tokens = 0
-    for text in texts:
-        total_bytes += len(clean(text).encode("utf-8"))
-        total_tokens += len(tokenizer.encode(text))
-    if not total_tokens:
-        raise ValueError("no text to measure compression on")
-    return total_bytes / total_tokens
-
-
 @functools.cache
 def byte_names() -> tuple[str, ...]:
     """The visible character by which tokenizer.json writes each byte: itself if printable, else 256 + a counter.
@@ -240,7 +237,7 @@ def hugging_face_json(tokenizer: Tokenizer) -> str:
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     fast.decoder = decoders.ByteLevel()
-    fast.add_special_tokens([AddedToken(special, normalized=False, special=True) for special in SPECIAL_TOKENS])
+    fast.add_special_tokens([AddedToken(special, normalized=False, special=True) for special in tokenizer.special])
     bos = SPECIAL_TOKENS[0]
     fast.post_processor = processors.TemplateProcessing(
         single=f"{bos}:0 $A:0", pair=f"{bos}:0 $A:0 {bos}:1 $B:1", special_tokens=[(bos, tokenizer.bos)]
@@ -248,21 +245,22 @@ def hugging_face_json(tokenizer: Tokenizer) -> str:
     return fast.to_str(pretty=True)
 
 
-def tokenizer_config(model_max_length: int | None) -> dict[str, Any]:
+def tokenizer_config(tokenizer: Tokenizer, model_max_length: int | None) -> dict[str, Any]:
     """The tokenizer_config.json that transformers reads beside tokenizer.json.
 
     BOS is added to plain text (`tokenizer(text)`), since the model never saw a document without it; the chat template
     writes its own, and `add_special_tokens=False` leaves it out. Padding is on the left, as generation needs it.
     response_template is how `parse_response` (so `transformers serve`, TRL) reads an assistant's turn into a message.
     """
-    bos, eos, pad = "<|bos|>", "<|assistant_end|>", "<|pad|>"
+    name = {token: name for name, token in tokenizer.special.items()}
+    bos, eos, pad = name[tokenizer.bos], name[tokenizer.assistant_end], name[tokenizer.pad]
     config: dict[str, Any] = {
         "tokenizer_class": "TokenizersBackend",
         "add_bos_token": True,
         "bos_token": bos,
         "eos_token": eos,
         "pad_token": pad,
-        "extra_special_tokens": [name for name in SPECIAL_TOKENS if name not in (bos, eos, pad)],
+        "extra_special_tokens": [name for name in tokenizer.special if name not in (bos, eos, pad)],
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],

@@ -7,13 +7,6 @@ from pathlib import Path
 
 from edu.command import parse, run_script
 
-SAMPLES = {
-    "English": "The river rose in the night, and by morning the old bridge stood alone in a field of brown water.",
-    "code": "def mean(values: list[float]) -> float:\n    return sum(values) / len(values) if values else 0.0\n",
-    "numbers": "12 + 30 = 42, 7 * 8 = 56, 100 - 37 = 63, 48 / 2 = 24, 1,250 / 5 = 250 and 3.14 * 2 = 6.28.",
-    "German": "In der Nacht stieg der Fluss, und am Morgen stand die alte Brücke allein in einem Feld aus Wasser.",
-}
-
 
 @dataclass(frozen=True)
 class Args:
@@ -55,17 +48,22 @@ def main() -> None:
     args = parse(Args)
     from rich.progress import track
 
+    from edu.compression import SAMPLES, bytes_per_token, peers
     from edu.shards import list_shards
-    from edu.tokenizer import bytes_per_token, train_tokenizer
+    from edu.tokenizer import train_tokenizer
 
     train, val = list_shards(args.data, "train"), list_shards(args.data, "val")
     texts = track(read_texts(train, args.max_chars), "reading text", disable=not sys.stdout.isatty())
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, learned from {len(train)} shards of {args.data}")
-    print(f"bytes per token: {bytes_per_token(tokenizer, read_texts(val, args.val_chars)):.2f} on the validation split")
-    for name, sample in SAMPLES.items():
-        print(f"{bytes_per_token(tokenizer, [sample]):6.2f} on a sample of {name}")
+    columns = {"ours": tokenizer.encode} | {name: peer.encode_ordinary for name, peer in peers().items()}
+    rows = {"validation split": list(read_texts(val, args.val_chars))} | {
+        name: [text] for name, text in SAMPLES.items()
+    }
+    print(f"{'bytes per token':17}" + "".join(f"{name:>12}" for name in columns))
+    for name, texts in rows.items():
+        print(f"{name:17}" + "".join(f"{bytes_per_token(encode, texts):12.2f}" for encode in columns.values()))
 
 
 if __name__ == "__main__":

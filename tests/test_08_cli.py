@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 
 from edu.command import parse
 from edu.config import FREE_ON_RESUME, PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.packing import Piece
 from edu.sft_data import load_sft_data, read_mixture
 from edu.tokenizer import Tokenizer
 
@@ -35,6 +37,7 @@ def run(*command: str) -> tuple[int, str]:
     ("command", "message"),
     [
         (["scripts/pretrain.py", "--max-steps", "0"], "error: --max-steps 0: must be at least 1"),
+        (["scripts/pretrain.py", "--on-bad-shard", "ignore"], "--on-bad-shard"),
         (["scripts/pretrain.py", "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
         (["scripts/pretrain.py", "--depth", "4", "--heads", "2"], "error: --depth 4 sets the sizes: leave --heads out"),
         (["scripts/rl.py", "--samples", "1"], "error: --samples 1: a group needs two or more"),
@@ -106,6 +109,49 @@ def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> No
     data = load_sft_data(path, tokenizer, 64, val_every=10**6)
     assert data.report[str(path)] == {"used": 1, "longer than 64 tokens": 1, "nothing that the assistant said": 1}
     assert "1 longer than 64 tokens" in data.describe()
+
+
+def test_a_mixture_of_hub_and_files_is_read_the_same_twice_weighted_and_counted(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's data set is a folder here: `load_dataset` takes either by name."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def chat(question: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+
+    out_of_order = [{"role": "user", "content": "a"}] * 2
+    hub = [{"messages": messages} for messages in (*(chat(f"hub {i}") for i in range(20)), out_of_order, [])]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hub))
+    lines = [{"prompt": f"text {i}", "completion": "Yes."} for i in range(20)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    rows = [{"prompt": chat(f"row {i}")[:1], "completion": chat("")[1:], "id": i} for i in range(20)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    entries = [
+        {"hub": str(tmp_path / "hub"), "weight": 2},
+        {"path": str(tmp_path / "lines.jsonl"), "weight": 0.5},
+        {"path": str(tmp_path / "rows.parquet")},
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps(entries))
+    data, again = (load_sft_data(tmp_path / "mixture.yaml", tokenizer, 64, val_every=5) for _ in range(2))
+    assert [piece.ids.tolist() for piece in data.train] == [piece.ids.tolist() for piece in again.train]
+    assert [piece.ids.tolist() for piece in data.val] == [piece.ids.tolist() for piece in again.val]
+    assert data.report[str(tmp_path / "hub")] == {"used": 20, "no conversation in order": 2}
+
+    def counts(pieces: list[Piece]) -> dict[str, Counter[str]]:
+        texts = [tokenizer.decode(piece.ids, skip_special=True) for piece in pieces]
+        return {name: Counter(text for text in texts if text.startswith(name)) for name in ("hub", "text", "row")}
+
+    train, val = counts(data.train), counts(data.val)
+    assert set(train["hub"].values()) == {2}
+    assert set(train["row"].values()) == {1}
+    assert set(train["text"].values()) == {1}
+    assert len(train["text"]) == (20 - len(val["text"])) // 2
+    assert len(train["hub"]) + len(val["hub"]) == len(train["row"]) + len(val["row"]) == 20
+    assert min(map(len, val.values())) > 0
+    assert {n for count in val.values() for n in count.values()} == {1}  # weights are for training alone
+    assert not {text for count in val.values() for text in count} & {text for count in train.values() for text in count}
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in Path("recipes").iterdir()))

@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels, or from its left on its own line. A new module gets its place here.
 LEVELS = [
-    "command config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
+    "command config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
-    "problems world corpus persona teacher identity sft_data rollouts",
+    "nanochat problems world corpus persona teacher identity sft_data rollouts",
     "bits evals measure report",
     "loop serve pretrain sft rl",
 ]
 PLACES = {name: (level, place) for level, line in enumerate(LEVELS) for place, name in enumerate(line.split())}
 MAX_LINES_OF_A_FILE = 300
-MAX_LINES_IN_ALL = 9000
+MAX_LINES_IN_ALL = 9500
 VAGUE_NAMES = ("util", "utils", "common", "helper", "helpers", "misc")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.hub.load")
 HERE = () if ROOT.parent == Path("/") else (f"{ROOT.parent}/",)  # where this very checkout lies
@@ -100,7 +100,15 @@ def test_nothing_evaluates_text_or_bends_the_import_path(path: Path) -> None:
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not called & set(FORBIDDEN_CALLS)
     assert not {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & {"sys.path"}
-    assert not {name for name in imports(tree) if name.split(".")[0] in ("pickle", "dill", "cloudpickle")}
+    # torch.load(weights_only=True) refuses what would run code by an error of pickle's: its name alone may be imported
+    loads_nothing = "from pickle import UnpicklingError"
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and ast.unparse(node) != loads_nothing]
+    roots = {
+        name.split(".")[0] for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in imports(node)
+    }
+    assert not roots & {"pickle", "dill", "cloudpickle"}
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"]
+    assert all("weights_only=True" in map(ast.unparse, node.keywords) for node in loads)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)

@@ -29,13 +29,13 @@ def stream_rows(
     """All rows (BOS first) of a finite stream of documents with ids 0, 1, 2, ...; the last may be short."""
     ends = np.cumsum(lengths)
     documents = iter([np.arange(end - n, end) for n, end in zip(lengths, ends, strict=True)])
-    packer, rows, number = StreamPacker(BOS, carry), [], itertools.count()
+    packer, rows, number = StreamPacker(BOS, T, carry), [], itertools.count()
 
     def refill() -> None:
         while len(packer.buffer) < buffer_size and (ids := next(documents, None)) is not None:
             packer.add((next(number), 0), ids)
 
-    while batch := packer.batch(3, T, refill):
+    while batch := packer.batch(3, refill):
         for first, targets, positions in zip(batch.inputs[:, 0], batch.targets, batch.positions, strict=True):
             row = torch.cat([first[None], targets])
             learned = int((targets != IGNORE).sum())

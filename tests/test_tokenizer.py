@@ -1,5 +1,6 @@
 """Laws of the tokenizer: one vocabulary, three readers (ours, tiktoken's, transformers') that agree on every text."""
 
+import hashlib
 import random
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from edu.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, bytes_per_token, train_tokenizer
+from edu.compression import PEERS, bytes_per_token, peers
+from edu.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from edu.world import draw_documents
 
 ROOT = Path(__file__).parent.parent
@@ -234,9 +236,34 @@ def test_loading_imports_neither_torch_nor_transformers(folder: Path) -> None:
 
 
 def test_bytes_per_token_counts_raw_bytes(tokenizer: Tokenizer) -> None:
-    assert bytes_per_token(tokenizer, ["é" * 10]) == 20 / len(tokenizer.encode("é" * 10))
+    assert bytes_per_token(tokenizer.encode, ["é" * 10]) == 20 / len(tokenizer.encode("é" * 10))
     with pytest.raises(ValueError, match="no text"):
-        bytes_per_token(tokenizer, [])
+        bytes_per_token(tokenizer.encode, [])
+
+
+def test_peers_are_those_whose_files_are_here_and_nothing_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(name: str) -> None:
+        raise ConnectionError(f"{name}: no network")
+
+    def store(folder: Path, name: str) -> None:
+        folder.mkdir(exist_ok=True)
+        for url in PEERS[name]:
+            (folder / hashlib.sha1(url.encode()).hexdigest()).write_text("damaged")
+
+    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert (peers(), capsys.readouterr().out) == ({}, "")
+    store(tmp_path, "gpt2")
+    assert (peers(), capsys.readouterr().out) == ({}, "gpt2 is left out of the comparison: gpt2: no network\n")
+    monkeypatch.setattr("tiktoken.get_encoding", str.upper)
+    assert peers() == {"gpt2": "GPT2"}
+    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # tiktoken's own place, when none is given
+    assert peers() == {}
+    store(tmp_path / "data-gym-cache", "o200k_base")
+    assert peers() == {"o200k_base": "O200K_BASE"}
 
 
 def run_script(data: Path, out: Path, vocab_size: int = 400) -> subprocess.CompletedProcess[str]:
@@ -255,7 +282,9 @@ def test_script_learns_from_the_training_split_and_measures_on_the_other(tmp_pat
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert tokenizer.vocab_size == 400
     assert tokenizer.ranks == train_tokenizer([text for text in texts * 5 if text], 400).ranks
-    assert f"{bytes_per_token(tokenizer, ['the cat']):.2f} on the validation split" in done.stdout
+    lines = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines()[1:])
+    assert lines["validation split"] == f"{bytes_per_token(tokenizer.encode, ['the cat']):.2f}"
+    assert {"English", "code", "numbers", "German", "Russian", "Chinese"} < lines.keys()
 
 
 def test_script_names_the_shard_without_text(tmp_path: Path) -> None:
