@@ -107,19 +107,21 @@ class Run:
             settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in as_settings(config).items()}
             accelerator.init_trackers("edu", settings)
 
-    def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, list[Any]]:
-        """Load the newest intact checkpoint into model and optimizer: (its step, its data state per rank), or (0, []).
+    def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, int, list[Any]]:
+        """Load the newest intact checkpoint: (its step, tokens trained on, data state of each rank), or (0, 0, []).
 
         What a kill left half done is put right: damaged and temporary checkpoints go, the folder's links are renewed.
         """
         newest = newest_intact(self.folder)
-        step, data = 0, []
+        step, tokens, data = 0, 0, []
         if newest is not None:
             state = json.loads((newest / "state" / "trainer.json").read_text())
-            step, data = state["step"], state["data"]
+            step, tokens, data = state["step"], state["tokens"], state["data"]
             self.accelerator.unwrap_model(model).load_state_dict(GPT.from_pretrained(newest).state_dict())
             path = newest / "state" / "optimizer.pt"
-            saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            device = self.accelerator.device
+            where = "cpu" if device.type == "cpu" else device  # accelerate may say cpu:0, which torch cannot load to
+            saved = torch.load(path, map_location=where, weights_only=True)
             optimizer.load_state_dict(saved["optimizer"])
             if self.accelerator.scaler is not None and saved["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
@@ -134,7 +136,7 @@ class Run:
             # An evaluation follows its checkpoint and is done again; the steps up to the checkpoint stay as they are.
             self.metrics.keep(lambda row: row[STEP] < step or (row[STEP] == step and LOSS in row))
             self.samples.keep(lambda row: row[STEP] < step)
-        return step, data
+        return step, tokens, data
 
     def seconds(self) -> float:
         """Seconds of training that the metrics hold already."""
@@ -153,7 +155,7 @@ class Run:
             for row in rows:
                 self.samples.write(step, row)
 
-    def save(self, step: int, model: nn.Module, optimizer: MuonAdamW, data: Any = None) -> None:
+    def save(self, step: int, tokens: int, model: nn.Module, optimizer: MuonAdamW, data: Any = None) -> None:
         """Write checkpoint-<step> under a temporary name, sync, rename; refresh the stage's folder; prune.
 
         `data` is this process's position in the data, as JSON. All processes must call this.
@@ -176,6 +178,7 @@ class Run:
                 "step": step,
                 "settings": as_settings(self.config),
                 "data": positions,
+                "tokens": tokens,
                 "environment": describe(self.accelerator),
             }
             try:
@@ -185,11 +188,7 @@ class Run:
                 torch.save(inner, temporary / "state" / "optimizer.pt")
                 _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
                 _seal(temporary, target)
-            except (
-                SafetensorError,
-                RuntimeError,
-                OSError,
-            ) as error:  # the libraries' ways to say that the disk is full
+            except (SafetensorError, RuntimeError, OSError) as error:  # what libraries raise where the disk is full
                 shutil.rmtree(temporary, ignore_errors=True)
                 kept = f"the checkpoints before step {step} are whole, and the same command continues from there"
                 raise OSError(f"{target}: cannot be written ({error}); {kept}") from error
@@ -282,6 +281,8 @@ def _replace_by_link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source` in one atomic step; a copy where the file system has no hard links."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
+    if target.exists() and target.samefile(source):
+        return  # renaming one link of a file to another does nothing, and leaves both
     try:
         os.link(source, temporary)
     except OSError:

@@ -13,7 +13,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {"Path": Path, "tuple": tuple, "b
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
-    """Turn a command line into a config: defaults, then `--config file.yaml`, then the flags given."""
+    """Turn a command line into a config: defaults, then what `implied` says, then `--config file.yaml`, then flags."""
     import tyro
 
     args = list(sys.argv[1:] if argv is None else argv)
@@ -27,7 +27,11 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
     unchecked = type(config_class.__name__, (config_class,), {"__doc__": config_class.__doc__, "__post_init__": _pass})
     parsed = tyro.cli(unchecked, args=args, default=unchecked(**settings))
     names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-    return config_class(**{name: getattr(parsed, name) for name in names})
+    values = {name: getattr(parsed, name) for name in names}
+    if implied := getattr(config_class, "implied", None):
+        typed = {flag[2:].partition("=")[0].replace("-", "_") for flag in args if flag.startswith("--")}
+        values |= implied({name: values[name] for name in names if name in settings or name in typed})
+    return config_class(**values)
 
 
 def _pass(_: Any) -> None:

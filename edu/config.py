@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
 from edu.command import read_yaml
+from edu.plan import TUNED_BATCH, TUNED_DEPTH, Sizes, batch_tokens, vocab_size_of
 
 COUNTS = [
     "max_steps",
@@ -46,7 +48,7 @@ class StageConfig:
     batch_size: int = 16
     """Rows a step, over all processes."""
     micro_batch_size: int = 16
-    """Rows a forward pass on one process; what is left of batch_size is accumulated."""
+    """Rows a forward pass on one process at most, halved while memory runs out; the rest of batch_size is accumulated."""
     matrix_lr: float = 0.02
     """Muon's learning rate, for the matrices of the blocks."""
     embedding_lr: float = 0.2
@@ -108,7 +110,9 @@ class PretrainConfig(StageConfig):
     tokenizer: Path = Path("runs/tiny/tokenizer")
     """Folder written by scripts/train_tokenizer.py."""
     depth: int | None = None
-    """The one dial: sets layers, channels and heads. Without it, the four settings below do."""
+    """The one dial: sets layers, channels, heads, batch_size, lr_scale and max_steps, where they are not given."""
+    ratio: float = 12.0
+    """With a depth: tokens to train on for each parameter of blocks and head (nanochat's 12)."""
     layers: int = 4
     """Blocks."""
     channels: int = 128
@@ -128,15 +132,40 @@ class PretrainConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {
-            name: PretrainConfig.__dataclass_fields__[name].default
-            for name in ("layers", "channels", "heads", "kv_heads")
-        }
-        given = [f"--{flag(name)}" for name, default in sizes.items() if getattr(self, name) != default]
+        if self.depth is not None and self.layers != self.depth:
+            raise ValueError(f"--depth {self.depth} means as many layers: leave --layers {self.layers} out")
+        if not self.ratio > 0 or (self.depth is None and self.ratio != PretrainConfig.ratio):
+            raise ValueError(f"--ratio {self.ratio}: must be positive, and goes with --depth")
         if self.on_bad_shard not in ("error", "skip"):
             raise ValueError(f"--on-bad-shard {self.on_bad_shard}: must be error or skip")
-        if self.depth is not None and given:
-            raise ValueError(f"--depth {self.depth} sets the sizes: leave {', '.join(given)} out")
+
+    @classmethod
+    def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What a depth says of the settings that are not given; nothing without one.
+
+        1. The sizes.
+        2. The horizon: ratio x (parameters of blocks and head) tokens.
+        3. The batch that suits the horizon, and with it the learning rates, as its square root.
+        """
+        told = {"ratio": cls.ratio, "sequence_length": cls.sequence_length, "tokenizer": cls.tokenizer, **given}
+        depth, T = given.get("depth"), told["sequence_length"]
+        if (
+            depth is None
+            or min(depth, T, told["ratio"], told.get("batch_size", 1)) <= 0
+            or told.get("layers", depth) != depth
+        ):
+            return {}  # nothing to say, or what __post_init__ refuses
+        sizes = dataclasses.asdict(Sizes.of_depth(depth))
+        found = {name: given.get(name, sizes[name]) for name in ("channels", "heads", "kv_heads")}
+        found["layers"] = depth
+        if "batch_size" not in given or "max_steps" not in given:
+            vocab_size = vocab_size_of(told["tokenizer"])
+            tokens = told["ratio"] * Sizes(**found, vocab_size=vocab_size).computed
+            tuned = told["ratio"] * Sizes.of_depth(TUNED_DEPTH, vocab_size).computed
+            told = {"batch_size": max(1, batch_tokens(tokens, tuned) // T), **told}
+            told = {"max_steps": max(1, round(tokens / (told["batch_size"] * T))), **told}
+        scale = (told["batch_size"] * T / TUNED_BATCH) ** 0.5
+        return found | {"lr_scale": scale, "batch_size": told["batch_size"], "max_steps": told["max_steps"], **given}
 
 
 @dataclass(frozen=True, kw_only=True)

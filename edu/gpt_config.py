@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.models.nanochat.configuration_nanochat import NanoChatConfig
 
+from edu.plan import Sizes
+
 
 class GPTConfig(NanoChatConfig):
     """NanoChatConfig's fields and config.json; see `tiny` and `from_depth` for ready-made sizes."""
@@ -35,6 +37,12 @@ class GPTConfig(NanoChatConfig):
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
+    def sizes(self) -> Sizes:
+        """What a run's cost follows from."""
+        layers, C = self.num_hidden_layers, self.hidden_size
+        return Sizes(layers, C, self.num_attention_heads, self.kv_heads, self.vocab_size)
+
+    @property
     def rope(self) -> dict[str, Any]:
         """The rotary embedding's parameters."""
         return dict(self.rope_parameters or {})
@@ -49,11 +57,8 @@ class GPTConfig(NanoChatConfig):
     @classmethod
     def from_depth(cls, depth: int, vocab_size: int, **overrides: Any) -> "GPTConfig":
         """The one dial (nanochat): 64 channels a layer, heads of 128 channels, an MLP four times as wide."""
-        heads = max(1, -(-depth * 64 // 128))
-        sizes: dict[str, Any] = {
-            "hidden_size": heads * 128,
-            "intermediate_size": heads * 512,
-            "num_hidden_layers": depth,
-        }
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": heads, "vocab_size": vocab_size}
+        of = Sizes.of_depth(depth)
+        sizes: dict[str, Any] = {"hidden_size": of.channels, "intermediate_size": 4 * of.channels}
+        sizes |= {"num_hidden_layers": depth, "vocab_size": vocab_size}
+        sizes |= {"num_attention_heads": of.heads, "num_key_value_heads": of.kv_heads}
         return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils.memory import clear_device_cache
 
 from edu import metrics
 from edu.checkpoint import Run
@@ -15,8 +16,8 @@ from edu.config import StageConfig
 from edu.metrics import progress
 from edu.model import GPT
 from edu.optim import lr_factor, make_optimizer
-from edu.runtime import stop_signals
-from edu.step import Term, train_step
+from edu.runtime import peak_flops, stop_signals
+from edu.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -56,15 +57,19 @@ class Training:
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
         if self.accelerator.distributed_type not in REPLICATED:
             kind = self.accelerator.distributed_type.value
+            why = "and flattens the parameters, which Muon needs as matrices" if kind == "DEEPSPEED" else ""
             raise ValueError(
-                f"{kind} shards the model, which the loops do not support; use accelerate_configs/multi_gpu.yaml"
+                f"{kind} shards the model {why}: the loops do not support it; use accelerate_configs/multi_gpu.yaml"
             )
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.positions = run.resume(self.model, self.optimizer)
-        self.saved = self.step
+        self.step, self.tokens, self.positions = run.resume(self.model, self.optimizer)
+        self.saved = self.started = self.step
+        self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
+        self.parts = 1
+        """In how many parts each micro-batch is computed: doubled where memory runs out."""
 
     def fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
         """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
@@ -105,30 +110,61 @@ class Training:
                 data = next_data(self.step)
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
-                result = train_step(self.accelerator, self.model, self.optimizer, data.terms, config.clip)
+                result = self._update(data.terms)
                 seconds, position = time.perf_counter() - started, data.position
                 self.step += 1
+                self.tokens += result.tokens
                 if not math.isfinite(sum(result.losses)):
                     raise ValueError(
                         f"step {self.step}: the loss is {result.losses[0]}; the last checkpoint is of step {self.saved}. "
                         f"Lower --lr-scale ({config.lr_scale}) and give another --out"
                     )
                 trained_seconds += seconds
+                flops = result.positions * self.sizes.flops_per_token(data.terms[0].batches[0].inputs.shape[1])
                 figures = {
                     metrics.LOSS: result.losses[0],
                     metrics.GRAD_NORM: result.grad_norm,
                     metrics.LEARNING_RATE: self.optimizer.param_groups[0]["lr"],
                     metrics.TOKENS_PER_SECOND: result.tokens / seconds,
+                    metrics.MFU: flops / seconds / (self.peak * self.accelerator.num_processes),
                     metrics.SECONDS: trained_seconds,
                 }
-                run.log(self.step, figures | {metrics.STEP_TOKENS: result.tokens} | data.figures)
+                counts = {metrics.STEP_TOKENS: result.tokens, metrics.TOKENS: self.tokens}
+                run.log(self.step, figures | counts | data.figures)
                 telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
                 bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
                 if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
                     self._save(position)
 
+    def _update(self, terms: Sequence[Term]) -> StepResult:
+        """One step. Where memory runs out, the same in smaller micro-batches, and all later steps too.
+
+        Several processes have to learn of it together: they try their first two steps, the second with the optimizer's
+        state in memory. Later it is an error there.
+        """
+        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2
+        while True:
+            split = [term.split(self.parts) for term in terms]
+            rows = max(len(batch.inputs) for term in split for batch in term.batches)
+            try:
+                if not trying or fits(self.accelerator, self.model, split):
+                    return train_step(self.accelerator, self.model, self.optimizer, split, self.config.clip)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:
+                    raise ValueError(
+                        f"step {self.step + 1}: out of memory with {rows} rows a forward pass. Give --micro-batch-size "
+                        f"{max(rows // 2, 1)}: the same command continues, and the update stays the same"
+                    ) from None
+            if self.config.micro_batch_size <= self.parts:
+                raise ValueError(
+                    f"step {self.step + 1}: out of memory with one row a forward pass; use a smaller model"
+                )
+            clear_device_cache()
+            self.parts *= 2
+            self.accelerator.print(f"out of memory: each micro-batch in {self.parts} parts, the update stays the same")
+
     def _save(self, position: Any) -> None:
-        self.run.save(self.step, self.model, self.optimizer, position)
+        self.run.save(self.step, self.tokens, self.model, self.optimizer, position)
         self.saved = self.step
 
     def _any(self, stopped: list[int]) -> bool:

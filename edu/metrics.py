@@ -28,6 +28,7 @@ GRAD_NORM = "grad_norm"
 TOKENS = "tokens"
 STEP_TOKENS = "step_tokens"
 TOKENS_PER_SECOND = "tokens_per_second"
+MFU = "mfu"
 SECONDS = "seconds"
 REWARD = "reward"
 REWARD_STD = "reward_std"
@@ -47,7 +48,8 @@ DEFINITIONS = {
     GRAD_NORM: "2-norm of all gradients before clipping",
     TOKENS: "tokens trained on since the stage began, all processes together",
     STEP_TOKENS: "tokens trained on in this step, all processes together",
-    TOKENS_PER_SECOND: "trained tokens per second over the last steps, all processes together",
+    TOKENS_PER_SECOND: "tokens trained on per second of this step, all processes together, data and rollouts included",
+    MFU: "model-FLOPs utilisation: FLOPs of the step's forward and backward, per second, as a share of the devices' peak",
     SECONDS: "seconds of work since the stage began, restarts added up",
     REWARD: "mean reward of the step's completions on training problems; 1 is right, 0 is wrong",
     REWARD_STD: "standard deviation of the reward within a prompt's group, mean over groups",

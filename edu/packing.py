@@ -43,6 +43,11 @@ class Batch:
             tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
         return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
 
+    def split(self, parts: int) -> "list[Batch]":
+        """Its rows in as many smaller batches, or one a row where there are fewer rows."""
+        tensors = (self.inputs, self.targets, self.weights, self.positions)
+        return [Batch(*parted) for parted in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True)]
+
 
 @dataclass(frozen=True)
 class Piece:

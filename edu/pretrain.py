@@ -14,16 +14,18 @@ from edu.engine import Engine
 from edu.loader import LoaderState, stream_batches, validation_batches
 from edu.loop import Result, StepData, Training
 from edu.measure import show_continuations
-from edu.metrics import BPB
+from edu.metrics import BPB, duration
 from edu.model import GPT, GPTConfig
 from edu.report import environment
-from edu.runtime import compute_init
+from edu.runtime import compute_init, peak_memory
 from edu.shards import list_shards, read_manifest
 from edu.step import Term
 from edu.tokenizer import Tokenizer
 
 NGRAM_TOKENS = 20_000_000
 """The unigram and bigram models beside the result count at most so many of the training tokens."""
+USUAL_MFU = 0.4
+"""What a run's time is estimated with."""
 
 
 def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
@@ -36,8 +38,6 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
         "pad_token_id": tokenizer.pad,
     }
     given |= {"max_position_embeddings": config.sequence_length}
-    if config.depth is not None:
-        return GPT(GPTConfig.from_depth(config.depth, tokenizer.vocab_size, **given))
     given |= {"hidden_size": config.channels, "intermediate_size": 4 * config.channels}
     given |= {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}
     return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=config.layers, **given))
@@ -60,6 +60,23 @@ def origin(data: Path) -> str:
     return name if rest.startswith("//") else repo
 
 
+def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
+    """Print what the run is and what it should cost; gives the estimates, for comparison with what it did cost."""
+    accelerator, sizes, T = training.accelerator, training.sizes, config.sequence_length
+    tokens = config.max_steps * config.batch_size * T
+    flops, devices = tokens * sizes.flops_per_token(T), accelerator.num_processes
+    seconds = flops / (USUAL_MFU * training.peak * devices)
+    memory = sizes.memory(config.micro_batch_size, T, 4 if accelerator.mixed_precision == "no" else 2) / 2**30
+    accelerator.print(
+        f"{sizes.layers} blocks of {sizes.channels} channels, {sizes.heads} heads on {sizes.kv_heads}: "
+        f"{sizes.parameters:,} parameters. {config.max_steps:,} steps x {config.batch_size} rows x {T} = "
+        f"{tokens:,} tokens, learning rates x {config.lr_scale:.3g}\n"
+        f"expected: {flops:.2g} FLOPs, {duration(seconds)} at {USUAL_MFU:.0%} of {devices} x {training.peak / 1e12:.2g} "
+        f"TFLOP/s, {memory:.2g} GiB a device"
+    )
+    return {"tokens": tokens, "flops": flops, "seconds": seconds, "memory_gib": memory}
+
+
 def train(config: PretrainConfig) -> Result:
     """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
@@ -70,11 +87,14 @@ def train(config: PretrainConfig) -> Result:
     tokens = config.max_steps * config.batch_size * config.sequence_length
     trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
     run = Run(config, "base", accelerator, tokenizer, trained_on)
+    memory = peak_memory(accelerator.device.type)
     training = Training(run, make_model(config, tokenizer))
     if training.positions and len(training.positions) != world:
+        run.close()
         raise ValueError(
             f"{config.out} was trained by {len(training.positions)} processes: resume with as many, not {world}"
         )
+    expected = announce(config, training)
     state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
     stream = stream_batches(
         shards, tokenizer, micro, config.sequence_length, rank, world, state, on_bad=config.on_bad_shard
@@ -119,5 +139,11 @@ def train(config: PretrainConfig) -> Result:
             "environment": environment(),
         }
         results |= {"bpb": {"model": validate(final), **ngrams}}
+        took = {"seconds": run.seconds(), "memory_gib": (peak_memory(accelerator.device.type) - memory) / 2**30}
+        results["cost"] = {name: {"expected": expected[name], "measured": value} for name, value in took.items()}
+        accelerator.print(
+            f"took {duration(took['seconds'])} ({duration(expected['seconds'])} expected), "
+            f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g})"
+        )
     run.finish(results)
     return Result(training.step, True, results)

@@ -1,18 +1,22 @@
 """Where a run computes: device, processes, precision, signals. Everything goes through accelerate's Accelerator."""
 
 import importlib.util
+import math
 import os
 import platform
+import resource
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -57,6 +61,9 @@ def compute_init(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
     check_world_size(accelerator.num_processes)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"FSDP needs a GPU: accelerate would train as {kind} without a word; use cpu_2proc.yaml")
     set_seed(seed)
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -90,6 +97,45 @@ def describe(accelerator: Accelerator) -> dict[str, Any]:
         "accelerate": accelerate.__version__,
         "transformers": transformers.__version__,
     }
+
+
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "T4": 65e12, "V100": 125e12}
+PEAK_FLOPS |= {"RTX 4090": 165e12, "RTX 3090": 71e12}
+"""Dense bf16 products (T4, V100: fp16) a second, by what a GPU's name holds, the narrower names first; makers' data sheets."""
+
+
+def known_peak(gpu: str) -> float | None:
+    """
+    >>> known_peak("NVIDIA H100 80GB HBM3"), known_peak("NVIDIA A100-SXM4-40GB"), known_peak("NVIDIA A10G")
+    (989000000000000.0, 312000000000000.0, None)
+    """
+    words = f" {gpu.replace('-', ' ')} "
+    return next((flops for part, flops in PEAK_FLOPS.items() if f" {part} " in words), None)
+
+
+@cache
+def peak_flops(device_type: str) -> float:
+    """FLOPs a second that one process can reach at best: a known GPU's data sheet, else what is measured.
+
+    Measured: the best of five products of two square matrices; in fp32 on a CPU, with this process's threads.
+    """
+    if device_type == "cuda" and (known := known_peak(torch.cuda.get_device_name())):
+        return known
+    size, dtype = (1024, torch.float32) if device_type == "cpu" else (8192, torch.bfloat16)
+    matrix, best = torch.ones(size, size, dtype=dtype, device=device_type), math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory(device_type: str) -> int:
+    """Most bytes held so far: on the GPU by tensors, else by the whole process."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ micro-batch's own count instead would weigh tokens by how empty their neighbours
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -24,15 +24,25 @@ class Term:
     left_out: int = 0
     """Targets of weight 0 that count in N but were left out of the batches, since their gradient is zero."""
 
+    def split(self, parts: int) -> "Term":
+        """The same term in micro-batches of a parts-th of the rows, the last ones perhaps empty."""
+        return replace(self, batches=[part for batch in self.batches for part in batch.split(parts)])
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did: the loss of each term (nats per target), the targets of the first, the norm before clipping."""
+    """What a step did, over all processes."""
 
     losses: list[float]
+    """Of each term, in nats per target."""
     tokens: int
+    """Targets of the first term."""
+    positions: int
+    """Places computed, those without a target included: what the FLOPs are counted from."""
     grad_norm: float
+    """Before clipping."""
     skipped: bool
+    """Whether fp16 overflowed, so that nothing was updated."""
 
 
 def _sum(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -49,24 +59,45 @@ def train_step(
 
     1. Count the targets of each term over all processes.
     2. Backward each micro-batch, scaled so that accelerate's mean over micro-batches and DDP's over processes cancel.
-    3. Clip and update once, with the last one.
+    3. Clip and update once, after the last one.
+
+    torch.OutOfMemoryError leaves model and optimizer as they were before the step.
     """
-    counts = torch.tensor([t.left_out + sum(int((b.targets != IGNORE).sum()) for b in t.batches) for t in terms])
-    counts = _sum(accelerator, counts).clamp(min=1)
-    micro = [(i, batch.to(accelerator.device)) for i, term in enumerate(terms) for batch in term.batches]
+    micro = [(i, batch) for i, term in enumerate(terms) for batch in term.batches]
+    counted = [t.left_out + sum(int((b.targets != IGNORE).sum()) for b in t.batches) for t in terms]
+    *counts, positions = _sum(accelerator, torch.tensor([*counted, sum(b.targets.numel() for _, b in micro)]))
     sums = torch.zeros(len(terms), device=accelerator.device)
-    grad_norm = float("nan")
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro), 0
-    for i, batch in micro:
-        with accelerator.accumulate(model):
-            logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions)
-            loss = -(batch.weights * logprobs).sum() / counts[i]
-            sums[i] += loss.detach()
-            accelerator.backward(loss * terms[i].scale * len(micro) * accelerator.num_processes)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-                grad_norm = float("nan") if norm is None else float(norm)
-            optimizer.step()
-            optimizer.zero_grad()
-    losses = _sum(accelerator, sums).tolist()
-    return StepResult(losses, int(counts[0]), grad_norm, bool(getattr(optimizer, "step_was_skipped", False)))
+    try:
+        for i, batch in ((i, batch.to(accelerator.device)) for i, batch in micro):
+            with accelerator.accumulate(model):
+                logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions)
+                loss = -(batch.weights * logprobs).sum() / counts[i].clamp(min=1)
+                sums[i] += loss.detach()
+                accelerator.backward(loss * terms[i].scale * len(micro) * accelerator.num_processes)
+    except torch.OutOfMemoryError:
+        model.zero_grad()  # not the optimizer's, which accelerate keeps for the last micro-batch
+        raise
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    grad_norm = float("nan") if norm is None else float(norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses, skipped = _sum(accelerator, sums).tolist(), bool(getattr(optimizer, "step_was_skipped", False))
+    return StepResult(losses, max(int(counts[0]), 1), int(positions), grad_norm, skipped)
+
+
+def fits(accelerator: Accelerator, model: nn.Module, terms: Sequence[Term]) -> bool:
+    """Whether all processes have memory for their micro-batches: tried without exchange, nothing is updated.
+
+    In a step the others would wait forever for one that ran out. Twice, so that gradients are held meanwhile.
+    """
+    largest = max((b for term in terms for b in term.batches), key=lambda b: int((b.targets != IGNORE).sum()))
+    batch, failed = largest.to(accelerator.device), 0.0
+    try:
+        for _ in range(2):
+            with accelerator.no_sync(model):
+                accelerator.backward(model(batch.inputs, targets=batch.targets, position_ids=batch.positions).sum())
+    except torch.OutOfMemoryError:
+        failed = 1.0
+    model.zero_grad()
+    return not _sum(accelerator, torch.tensor(failed))

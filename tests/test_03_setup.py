@@ -1,12 +1,13 @@
 """Chapter 3: device and processes."""
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 
-from edu.runtime import autodetect_device_type, check_world_size, compute_init
+from edu.runtime import autodetect_device_type, check_world_size, compute_init, peak_flops
 
 SCRIPT = "scripts/check_setup.py"
 
@@ -39,3 +40,15 @@ def test_processes_that_do_not_see_each_other_are_an_error(monkeypatch: pytest.M
 def test_an_unknown_precision_is_named() -> None:
     with pytest.raises(ValueError, match="--mixed-precision 'fp8'"):
         compute_init(mixed_precision="fp8")
+
+
+def test_sharding_that_accelerate_would_leave_out_without_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP needs a GPU: accelerate would train as NO without a word"):
+        compute_init()
+
+
+def test_the_speed_of_an_unknown_device_is_that_of_a_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", itertools.chain([0.0, 3.0], itertools.count(0.0, 0.5)).__next__)
+    assert peak_flops.__wrapped__("cpu") == 2 * 1024**3 / 0.5  # the best of five

@@ -39,7 +39,11 @@ def run(*command: str) -> tuple[int, str]:
         (["scripts/pretrain.py", "--max-steps", "0"], "error: --max-steps 0: must be at least 1"),
         (["scripts/pretrain.py", "--on-bad-shard", "ignore"], "--on-bad-shard"),
         (["scripts/pretrain.py", "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
-        (["scripts/pretrain.py", "--depth", "4", "--heads", "2"], "error: --depth 4 sets the sizes: leave --heads out"),
+        (
+            ["scripts/pretrain.py", "--depth", "4", "--layers", "2"],
+            "error: --depth 4 means as many layers: leave --layers 2",
+        ),
+        (["scripts/pretrain.py", "--depth", "4", "--tokenizer", "nowhere"], "error: --tokenizer nowhere: no tokenizer"),
         (["scripts/rl.py", "--samples", "1"], "error: --samples 1: a group needs two or more"),
         (["scripts/sft.py", "--unknown-flag", "3"], "--unknown-flag"),
         (["scripts/download_shards.py", "--source", "nothing here"], "error:"),
@@ -165,6 +169,24 @@ def test_every_recipe_is_read_and_its_stages_follow_each_other(recipe: str) -> N
     for mixture in (tuned.data, reinforced.replay):
         assert mixture is not None
         assert read_mixture(mixture)
+
+
+def test_a_depth_implies_the_rest_and_what_is_given_wins(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tokenizer.save(tmp_path)
+    flags = ["--depth", "12", "--tokenizer", str(tmp_path), "--sequence-length", "2048"]
+    d12 = parse(PretrainConfig, flags)
+    assert (d12.layers, d12.channels, d12.heads, d12.kv_heads) == (12, 768, 6, 6)
+    assert (d12.batch_size * 2048, d12.lr_scale) == (2**19, 1.0)  # where the rules were tuned
+    parameters = 12 * 12 * 768**2 + 512 * 768
+    assert d12.max_steps == round(12 * parameters / 2**19)
+    small = parse(PretrainConfig, [*flags, "--depth", "4", "--heads=4", "--batch-size", "64", "--ratio", "2"])
+    assert (small.channels, small.heads, small.kv_heads, small.batch_size) == (256, 4, 2, 64)
+    assert small.lr_scale == pytest.approx((64 * 2048 / 2**19) ** 0.5)
+    assert small.max_steps == round(2 * (4 * 11 * 256**2 + 512 * 256) / (64 * 2048))
+    settings = tmp_path / "x.yaml"
+    settings.write_text("depth: 12\nmax_steps: 7\nlr_scale: 0.5\n")
+    told = parse(PretrainConfig, ["--config", str(settings), *flags[2:]])
+    assert (told.max_steps, told.lr_scale, told.batch_size) == (7, 0.5, d12.batch_size)
 
 
 def test_defaults_are_the_tiny_recipe() -> None:

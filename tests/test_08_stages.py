@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,86 +12,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edu import loop, pretrain, rl, rollouts, sft
+from edu import loop, pretrain, rollouts
 from edu.checkpoint import checkpoints
-from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig, as_settings, is_finished
+from edu.config import SFTConfig, StageConfig, as_settings, is_finished
 from edu.metrics import read_metrics
+from edu.model import GPT
 from edu.tokenizer import Tokenizer
 
-SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
-TIMES = ("seconds", "tokens_per_second")
-Stage = tuple[Callable[[Any], Any], StageConfig]
-
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    """Data of every kind, small enough to learn by heart."""
+def stages(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[str, Stage]:
     home = tmp_path_factory.mktemp("home")
-    texts = [
-        f"The {a} sees the {b}. The {b} is {c}." for a in ("cat", "dog") for b in ("sun", "hat") for c in ("old", "hot")
-    ]
-    for folder, count in ((home / "data", 40), (home / "data" / "val", 2)):
-        folder.mkdir()
-        pq.write_table(pa.table({"text": texts * count}), folder / "shard_00000.parquet", row_group_size=50)
-    (home / "problems").mkdir()
-    rows = [
-        {"question": f"What is {a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
-        for a in range(5)
-        for b in range(4)
-    ]
-    for split in ("train", "test"):
-        (home / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer.save(home / "tokenizer")
-    return home
-
-
-@pytest.fixture(scope="module")
-def stages(home: Path) -> dict[str, Stage]:
-    base = PretrainConfig(
-        out=home / "base",
-        data=home / "data",
-        tokenizer=home / "tokenizer",
-        channels=32,
-        layers=2,
-        max_steps=8,
-        sequence_length=64,
-        **SMALL,
-    )
-    chat = {
-        "problems": home / "problems",
-        "identity": None,
-        "facts": None,
-        "eval_samples": 2,
-        "eval_limit": 4,
-        "sample_prompts": ("Hi",),
-        **SMALL,
-    }
-    tuned = SFTConfig(
-        out=home / "sft",
-        model=str(home / "base"),
-        data=home / "problems" / "train.jsonl",
-        max_steps=7,
-        sequence_length=64,
-        val_every=5,
-        **chat,
-    )
-    reinforced = RLConfig(
-        out=home / "rl", model=str(home / "sft"), replay=tuned.data, samples=4, max_new_tokens=24, max_steps=6, **chat
-    )
-    return {"base": (pretrain.train, base), "sft": (sft.train, tuned), "rl": (rl.train, reinforced)}
+    fill(home, tokenizer)
+    return stages_in(home)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def earned() -> Iterator[None]:
-    """A reward that an untrained model can earn, so that there is something to reinforce."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "score", lambda sample, *_: float(sample.tokens[0] % 2))
+        patch.setattr(rollouts, "score", reward_of)
         yield
 
 
@@ -100,10 +46,6 @@ def finished(stages: dict[str, Stage]) -> dict[str, StageConfig]:
     for train, config in stages.values():
         assert train(config).results["step"] == config.max_steps
     return {name: config for name, (_, config) in stages.items()}
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -257,6 +199,124 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
     assert checkpoints(config.out)[-1].name == "checkpoint-2"
 
 
+@pytest.mark.parametrize("name", ["base", "sft"])
+def test_running_out_of_memory_halves_the_micro_batch_and_not_the_update(
+    name: str,
+    stages: dict[str, Stage],
+    finished: dict[str, StageConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train, config = stages[name]
+    real, tried, room = GPT.forward, [], [2]
+
+    def short_of_memory(self: GPT, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if self.training:
+            tried.append(len(input_ids))
+            if len(input_ids) > room[0]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", short_of_memory)
+    config = replace(config, out=tmp_path / "again", micro_batch_size=8)
+    train(config)
+    assert [count for count in tried if count > 2] == [8, 4]  # all later steps know
+    assert "each micro-batch in 4 parts" in capsys.readouterr().out
+    found, expected = (
+        [(row["loss"], row["tokens"]) for row in steps_of(folder) if "loss" in row]
+        for folder in (config.out, finished[name].out)
+    )
+    assert torch.allclose(torch.tensor(found), torch.tensor(expected), rtol=1e-4)
+    room[0] = 0
+    with pytest.raises(ValueError, match="step 1: out of memory with one row a forward pass"):
+        train(replace(config, out=tmp_path / "more"))
+
+
+def test_a_last_evaluation_that_fails_costs_no_step(
+    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "again")
+    last = config.out / "checkpoint-8"
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "bits_per_byte", lambda *_: 1 / 0 if last.exists() else 1.0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    gc.collect()
+    monkeypatch.setattr(loop, "train_step", None)  # nothing is left to train
+    assert train(config).results["bpb"] == json.loads((finished["base"].out / "eval.json").read_text())["bpb"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(stages: dict[str, Stage], tmp_path: Path) -> None:
+    train, config = stages["base"]
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        train(replace(config, out=tmp_path / "file" / "base"))
+
+
+def test_a_checkpoint_says_what_wrote_it(finished: dict[str, StageConfig]) -> None:
+    config = finished["base"]
+    said = json.loads((checkpoints(config.out)[-1] / "state" / "trainer.json").read_text())
+    assert (said["step"], said["tokens"]) == (8, 8 * 8 * 64)
+    assert said["settings"] == as_settings(config)
+    assert said["environment"]["torch"] == torch.__version__
+    assert said["data"][0]["documents"] > 0
+
+
+def test_pretraining_with_another_number_of_processes_is_refused_with_the_reason(
+    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path
+) -> None:
+    train, config = stages["base"]
+    shutil.copytree(finished["base"].out, tmp_path / "again")
+    state = checkpoints(tmp_path / "again")[-1] / "state" / "trainer.json"
+    said = json.loads(state.read_text())
+    size = state.stat().st_size
+    said["data"] *= 2
+    said["environment"] = {}
+    state.write_text(json.dumps(said))
+    (state.parent / "files.json").write_text(
+        (state.parent / "files.json")
+        .read_text()
+        .replace(f'trainer.json": {size}', f'trainer.json": {state.stat().st_size}')
+    )
+    with pytest.raises(ValueError, match="was trained by 2 processes: resume with as many, not 1"):
+        train(replace(config, out=tmp_path / "again"))
+
+
+def test_a_tracker_gets_the_settings_and_every_row(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Recorder(GeneralTracker):
+        """What `--log-with` names: accelerate's interface, under the name of a module that is installed."""
+
+        name, requires_logging_directory, tracker = __name__, False, None
+
+        def __init__(self, run_name: str) -> None:
+            super().__init__()
+            calls.append(("run", run_name))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            calls.append(("settings", values))
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            calls.append(("row", {"step": step, **values}))
+
+        def finish(self) -> None:
+            calls.append(("finished", None))
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, __name__, Recorder)
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "tracked", log_with=__name__, max_steps=4)
+    train(config)
+    assert [name for name, _ in calls[:2]] == ["run", "settings"]
+    assert (calls[1][1]["channels"], calls[1][1]["sample_prompts"]) == (32, str(list(config.sample_prompts)))
+    assert [row for name, row in calls if name == "row"] == read_metrics(config.out / "metrics.jsonl")
+    assert calls[-1][0] == "finished"
+
+
 def test_other_settings_are_refused_in_the_same_folder(finished: dict[str, StageConfig]) -> None:
     with pytest.raises(ValueError, match="--seed was 0, is 5"):
         is_finished(replace(finished["sft"], seed=5))
@@ -283,21 +343,40 @@ def test_a_missing_model_names_what_makes_it(stages: dict[str, Stage], tmp_path:
             train(replace(config, model=str(model), out=tmp_path / "out"))
 
 
+def save_and_die(save: Callable[..., None]) -> Callable[..., None]:
+    def dying(*args: Any) -> None:
+        save(*args)
+        raise Crash
+
+    return dying
+
+
 def flags_of(config: StageConfig) -> list[str]:
     """A config as a command line."""
     flags = []
     for name, value in as_settings(config).items():
-        if name not in ("sample_prompts", "compile") and value is not None:
+        if name != "sample_prompts" and value is not None and not isinstance(value, bool):
             flags += [f"--{name.replace('_', '-')}", str(value)]
         elif value is None and name in ("identity", "facts"):
             flags += [f"--{name}", "None"]
     return flags
 
 
-def test_two_processes_train_what_one_trains(finished: dict[str, StageConfig], tmp_path: Path) -> None:
+def test_two_processes_train_what_one_trains_from_the_start_or_from_the_middle(
+    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["sft"]
+    partly = tmp_path / "partly"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Training, "_save", save_and_die(loop.Training._save))
+        with pytest.raises(Crash):
+            train(replace(config, out=partly))
+    gc.collect()
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     for place, name in enumerate(("base", "sft", "rl")):
         config = replace(finished[name], out=tmp_path / name)
+        if name == "sft":  # goes on where one process had saved
+            shutil.copytree(partly, config.out)
         port = str(20000 + (os.getpid() + 100 + place) % 20000)
         script = {"base": "pretrain"}.get(name, name)
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
@@ -307,6 +386,7 @@ def test_two_processes_train_what_one_trains(finished: dict[str, StageConfig], t
         assert is_finished(config)
         rows = [[r for r in steps_of(folder) if "loss" in r] for folder in (config.out, finished[name].out)]
         assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-        if name == "sft":  # the same rows, split over two processes
+        if name == "sft":  # the same rows, split over two processes; the first steps were one process's
+            assert "resuming after step 3" in done.stdout
             losses = [[row["loss"] for row in found] for found in rows]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels, or from its left on its own line. A new module gets its place here.
 LEVELS = [
-    "command config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
+    "command plan config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
     "nanochat problems world corpus persona teacher identity sft_data rollouts",
     "bits evals measure report",

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edu import metrics
 from edu.metrics import DEFINITIONS, LOSS, MetricsLog, measures, progress, read_metrics
 
 
@@ -67,6 +68,18 @@ def test_no_file_has_no_rows(tmp_path: Path) -> None:
 
 def test_every_metric_is_defined_in_one_line() -> None:
     assert all(meaning and "\n" not in meaning for meaning in DEFINITIONS.values())
+
+
+def test_every_metric_stands_in_the_document_with_its_unit_and_what_is_healthy_and_no_other_does() -> None:
+    lines = Path("docs/METRICS.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in DEFINITIONS]
+    for name, unit, meaning, healthy in rows:
+        assert unit or name in ("`lr`", "`grad_norm`", "`reward_std`"), name
+        assert meaning, name
+        assert healthy, name
+    constants = {value for name, value in vars(metrics).items() if name.isupper() and isinstance(value, str)}
+    assert constants == DEFINITIONS.keys()
 
 
 def test_intervals_and_plain_numbers_are_told_apart_at_any_depth() -> None:

@@ -11,12 +11,22 @@ import worker
 
 from edu.command import parse
 from edu.config import PretrainConfig, RLConfig, SFTConfig
-from edu.optim import lr_factor
+from edu.gpt_config import GPTConfig
+from edu.model import GPT
+from edu.optim import lr_factor, make_optimizer
+from edu.packing import collate
+from edu.runtime import compute_init
+from edu.step import Term, train_step
 
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[dict[str, torch.Tensor], list[list[float]]]:
     return worker.train(micro_batch_size=9)
+
+
+@pytest.fixture(scope="module")
+def fp32() -> dict[str, torch.Tensor]:
+    return worker.gradients(micro_batch_size=9)
 
 
 def check_equal(found: tuple, expected: tuple) -> None:
@@ -25,19 +35,60 @@ def check_equal(found: tuple, expected: tuple) -> None:
     torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(expected[1]), atol=1e-6, rtol=1e-6)
 
 
+def check_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal to 1e-6 of each tensor's norm."""
+    for name, gradient in expected.items():
+        assert float(gradient.norm()) > 0, name
+        assert float((found[name] - gradient).norm() / gradient.norm()) < 1e-6, name
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
-def test_accumulation_changes_nothing(reference: tuple, micro_batch_size: int) -> None:
+def test_accumulation_changes_nothing(reference: tuple, fp32: dict[str, torch.Tensor], micro_batch_size: int) -> None:
     check_equal(worker.train(micro_batch_size), reference)
+    assert min(row[2] for row in reference[1]) > 1  # so that clipping is part of what is compared
+    check_gradients(worker.gradients(micro_batch_size), fp32)
 
 
-def test_two_processes_make_the_update_of_one(reference: tuple, tmp_path: Path) -> None:
+def test_two_processes_make_the_update_of_one(reference: tuple, fp32: dict[str, torch.Tensor], tmp_path: Path) -> None:
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     port = str(20000 + (os.getpid() + 7) % 20000)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
     command = [sys.executable, *launch, "tests/worker.py", str(tmp_path), "2"]
     subprocess.run(command, env=env, check=True, timeout=180, capture_output=True)
     for rank in range(2):
-        check_equal(torch.load(tmp_path / f"{rank}.pt"), reference)
+        *trained, gradients, fitting = torch.load(tmp_path / f"{rank}.pt")
+        check_equal(tuple(trained), reference)
+        check_gradients(gradients, fp32)
+        assert fitting == [False, True]  # the second process ran out of memory, and both know
+
+
+def test_a_step_that_fp16_skips_changes_nothing_and_the_next_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(scale: float | None) -> tuple[list[bool], dict[str, torch.Tensor]]:
+        """Steps until one is not skipped, and the weights it leaves."""
+        accelerator = compute_init(seed=0)
+        if scale is not None:
+            monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=scale))
+        torch.manual_seed(0)
+        model = GPT(GPTConfig.tiny())
+        settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.1}
+        prepared, optimizer = accelerator.prepare(model, make_optimizer(model, **settings))
+        if scale is not None:  # what accelerate asks before it undoes the scale
+            monkeypatch.setattr(accelerator, "native_amp", True)
+            monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        skipped: list[bool] = []
+        while not skipped or skipped[-1]:
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+            rows = worker.rows_of(0)
+            terms = [Term([collate(part, worker.T) for part in (rows[:5], rows[5:])], scale=1e3)]
+            skipped.append(train_step(accelerator, prepared, optimizer, terms).skipped)
+        return skipped, {name: p.detach() for name, p in model.named_parameters()}
+
+    (once, plain), (several, scaled) = run(None), run(2.0**127)  # overflows fp32, as fp16 overflows at 2^16
+    assert once == [False]
+    assert len(several) > 1
+    for name, p in plain.items():
+        torch.testing.assert_close(scaled[name], p, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_schedule_depends_on_the_step_alone() -> None:

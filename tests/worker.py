@@ -12,7 +12,7 @@ from edu.model import GPT
 from edu.optim import make_optimizer
 from edu.packing import Piece, collate
 from edu.runtime import compute_init
-from edu.step import Term, train_step
+from edu.step import Term, fits, train_step
 
 T = 24
 
@@ -46,6 +46,42 @@ def train(micro_batch_size: int, steps: int = 20) -> tuple[dict[str, torch.Tenso
     return {name: p.detach() for name, p in accelerator.unwrap_model(wrapped).named_parameters()}, curve
 
 
+def gradients(micro_batch_size: int) -> dict[str, torch.Tensor]:
+    """The gradients of one step in fp32, of weights far enough from the start that none is zero."""
+    accelerator = compute_init(seed=0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny())
+    for p in model.parameters():
+        p.data.normal_(std=0.05)
+    settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.0}
+    optimizer, kept = make_optimizer(model, **settings), {}
+    grads = dict(model.named_parameters())
+    optimizer.register_step_pre_hook(lambda *_: kept.update({name: p.grad.clone() for name, p in grads.items()}))
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    batches = [collate(part or [[]], T) for part in split_rows(rows_of(1), micro_batch_size, accelerator)]
+    train_step(accelerator, wrapped, prepared, [Term(batches)], clip=1e9)
+    return kept
+
+
+def fitting(rows: int) -> list[bool]:
+    """Whether a micro-batch fits, whole and in four parts, where the last process has memory for `rows` rows."""
+    accelerator = compute_init(seed=0)
+    model = GPT(GPTConfig.tiny())
+    wrapped = accelerator.prepare(model)
+    if accelerator.is_last_process:
+
+        def check(_: object, args: tuple[torch.Tensor, ...]) -> None:
+            if len(args[0]) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        model.register_forward_pre_hook(check)
+    term = Term([collate(rows_of(0), T)])
+    answers = [fits(accelerator, wrapped, [term.split(parts)]) for parts in (1, 4)]
+    assert all(p.grad is None for p in model.parameters())
+    return answers
+
+
 if __name__ == "__main__":
-    parameters, curve = train(int(sys.argv[2]))
-    torch.save((parameters, curve), Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
+    micro_batch_size = int(sys.argv[2])
+    found = (*train(micro_batch_size), gradients(micro_batch_size), fitting(rows=2))
+    torch.save(found, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")

@@ -1,0 +1,83 @@
+"""What the tests of the stages share: data small enough to learn by heart, and the three stages on it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from edu import pretrain, rl, sft
+from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig
+from edu.metrics import read_metrics
+from edu.tokenizer import Tokenizer
+
+SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
+Stage = tuple[Callable[[Any], Any], StageConfig]
+TIMES = ("seconds", "tokens_per_second", "mfu")
+
+
+def fill(home: Path, tokenizer: Tokenizer) -> None:
+    """Write data of every kind into a folder."""
+    texts = [
+        f"The {a} sees the {b}. The {b} is {c}." for a in ("cat", "dog") for b in ("sun", "hat") for c in ("old", "hot")
+    ]
+    for folder, count in ((home / "data", 40), (home / "data" / "val", 2)):
+        folder.mkdir()
+        pq.write_table(pa.table({"text": texts * count}), folder / "shard_00000.parquet", row_group_size=50)
+    (home / "problems").mkdir()
+    rows = [
+        {"question": f"What is {a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
+        for a in range(5)
+        for b in range(4)
+    ]
+    for split in ("train", "test"):
+        (home / "problems" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer.save(home / "tokenizer")
+
+
+def stages_in(home: Path) -> dict[str, Stage]:
+    """The three stages, each on what the one before leaves."""
+    base = PretrainConfig(
+        out=home / "base",
+        data=home / "data",
+        tokenizer=home / "tokenizer",
+        channels=32,
+        layers=2,
+        max_steps=8,
+        sequence_length=64,
+        **SMALL,
+    )
+    chat = {
+        "problems": home / "problems",
+        "identity": None,
+        "facts": None,
+        "eval_samples": 2,
+        "eval_limit": 4,
+        "sample_prompts": ("Hi",),
+        **SMALL,
+    }
+    tuned = SFTConfig(
+        out=home / "sft",
+        model=str(home / "base"),
+        data=home / "problems" / "train.jsonl",
+        max_steps=7,
+        sequence_length=64,
+        val_every=5,
+        **chat,
+    )
+    reinforced = RLConfig(
+        out=home / "rl", model=str(home / "sft"), replay=tuned.data, samples=4, max_new_tokens=24, max_steps=6, **chat
+    )
+    return {"base": (pretrain.train, base), "sft": (sft.train, tuned), "rl": (rl.train, reinforced)}
+
+
+def reward_of(sample: Any, *_: Any) -> float:
+    """In place of `rollouts.score`: a reward that an untrained model can earn, so that there is something to reinforce."""
+    return float(sample.tokens[0] % 2)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, less what says how fast the machine was."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
