@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,11 +27,12 @@ REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 class StepData:
     """What one step trains on, on this process."""
 
-    terms: Sequence[Term]
+    updates: Iterable[Sequence[Term]]
+    """The terms of each update: one, except where RL uses its rollouts again."""
     position: Any = None
     """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Metrics of the data itself (rewards, lengths)."""
+    """Metrics of the data itself (rewards, lengths), complete after the last update."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,11 @@ class Training:
                 data = next_data(self.step)
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
-                result = train_step(self.accelerator, self.model, self.optimizer, data.terms, config.clip)
+                steps = [
+                    train_step(self.accelerator, self.model, self.optimizer, terms, config.clip)
+                    for terms in data.updates
+                ]
+                result = steps[-1]
                 seconds, position = time.perf_counter() - started, data.position
                 self.step += 1
                 if not math.isfinite(sum(result.losses)):

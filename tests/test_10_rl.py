@@ -93,7 +93,7 @@ def task() -> GSM8K:
 
 def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Tokenizer, task: GSM8K) -> None:
     model = random_gpt(vocab_size=tokenizer.vocab_size)
-    options = {"num_samples": 16, "max_new_tokens": 8, "temperature": 1.0}
+    options = {"num_samples": 16, "max_new_tokens": 8}
     (group,) = roll_out(Engine(model), tokenizer, task, [task.get_example(0)], [3], **options)
     prompt = render_prompt(task.get_example(0)["messages"], tokenizer)
     for each in group:

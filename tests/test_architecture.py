@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     "command config metrics page stats grammar endpoint protocol runtime transfer shards tokenizer packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
-    "problems world corpus persona teacher identity sft_data rollouts",
+    "problems world corpus persona teacher identity sft_data objective rollouts",
     "bits evals measure report",
     "loop serve pretrain sft rl",
 ]
