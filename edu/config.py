@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from edu.command import read_yaml
 
+Advantage = Literal["mean", "mean_std", "leave_one_out"]
+Normalization = Literal["token", "sequence", "constant"]
 COUNTS = [
     "max_steps",
     "batch_size",
@@ -195,9 +197,9 @@ class RLConfig(ChatConfig):
     max_steps: int = 200
     reward: str | None = None
     """A reward function in TRL's signature in place of the task's: file.py:name or package.module:name (docs/tasks.md)."""
-    advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"
+    advantage: Advantage = "mean"
     """Reward minus the group's mean; that over its standard deviation; or minus the mean of the others (docs/rl.md)."""
-    normalization: Literal["token", "sequence", "constant"] = "token"
+    normalization: Normalization = "token"
     """Every token weighs the same; every answer does; or every token against the longest answer allowed (docs/rl.md)."""
     epochs: int = 1
     """Updates on the rollouts of a step; from the second on, ratios to the policy that sampled are clipped."""
@@ -225,8 +227,7 @@ class RLConfig(ChatConfig):
         super().__post_init__()
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: a group needs two or more, to say which one is better")
-        for name in ("advantage", "normalization"):
-            choices = get_args(type(self).__annotations__[name])
+        for name, choices in (("advantage", get_args(Advantage)), ("normalization", get_args(Normalization))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(choices)}")
         for name in ("clip_low", "clip_high", "kl"):

@@ -7,12 +7,11 @@ all: they are worked out before an update, and the loss and the step stay those 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
 
 import numpy as np
 
-Advantage = Literal["mean", "mean_std", "leave_one_out"]
-Normalization = Literal["token", "sequence", "constant"]
+from edu.config import Advantage, Normalization
+
 STD_FLOOR = 1e-4  # added to the standard deviation, as TRL does: a group of nearly equal rewards must not explode
 
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edu.command import parse, run_script
 
@@ -17,9 +17,10 @@ TASKS = ("bpb", "tiny", "tiny-templates", "persona", "facts")
 class Args:
     model: str = "runs/tiny/sft"
     """Folder or Hub id of a model and its tokenizer."""
-    task: Literal["bpb", "tiny", "tiny-templates", "gsm8k", "persona", "facts", "all"] = "all"
+    task: str = "all"
     """bpb: bits per byte of validation text; tiny, tiny-templates: held-out problems, and those of held-out templates;
-    gsm8k: its test split; persona: held-out identity questions; facts: held-out wordings. all: all but gsm8k."""
+    gsm8k: its test split; persona: held-out identity questions; facts: held-out wordings. all: all but gsm8k.
+    file.py:name: the "test" split of a task of your own (docs/tasks.md)."""
     out: Path = Path("eval.json")
     """Summaries go to this file, the records that they are computed from to the .jsonl beside it."""
     data: Path = Path("data/tiny")
@@ -34,6 +35,8 @@ class Args:
     """Default: 0 (greedy) for one sample, 1 for more."""
     max_new_tokens: int = 96
     """A longer answer is cut off and counts as wrong."""
+    calculator: bool = True
+    """Whether problems are solved with the calculator answering."""
     limit: int | None = None
     """Only the first so many problems, facts, or validation batches."""
     batch_size: int = 16
@@ -48,6 +51,8 @@ class Args:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+        if self.task not in (*TASKS, "gsm8k", "all") and ":" not in self.task:
+            raise ValueError(f"--task {self.task}: must be {', '.join(TASKS)}, gsm8k, all, or file.py:name")
 
 
 def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
@@ -58,6 +63,7 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
     from edu.persona import load_identity_eval, load_persona
     from edu.runtime import autodetect_device_type
     from edu.shards import list_shards
+    from edu.tasks import load
     from edu.tasks.gsm8k import GSM8K
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
@@ -84,12 +90,13 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
             found[name] = evaluate_task(
                 engine,
                 tokenizer,
-                GSM8K(*problems[name]),
+                GSM8K(*problems[name]) if name in problems else load(name)("test"),
                 num_samples=args.num_samples,
                 temperature=temperature,
                 max_new_tokens=args.max_new_tokens,
                 seed=args.seed,
                 limit=args.limit,
+                calculator=args.calculator,
             )
     return found
 

@@ -176,13 +176,24 @@ def test_a_run_that_dies_continues_bit_for_bit(
         assert torch.equal(weights_of(config.out)[key], weight), key
 
 
+SAY = """
+class Say:
+    def __init__(self, split): self.offset = 20 * (split == "test")
+    def __len__(self): return 20
+    def get_example(self, i): return {"messages": [{"role": "user", "content": f"{i + self.offset}"}], "answer": str(i)}
+    def reward(self, example, completion): return float(completion == example["answer"])
+"""
+
+
 def test_rl_with_every_option_continues_bit_for_bit(
     finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"epochs": 2, "kl": 0.05, "dynamic_sampling": True, "max_steps": 3, "save_every": 1}
-    chosen = {"advantage": "leave_one_out", "normalization": "sequence"}
+    (tmp_path / "say.py").write_text(SAY)
+    chosen = {"advantage": "leave_one_out", "normalization": "sequence", "task": f"{tmp_path}/say.py:Say"}
     config = replace(finished["rl"], out=tmp_path / "whole", **options, **chosen)
     rl.train(config)
+    assert {"greedy", "sampled"} <= json.loads((config.out / "eval.json").read_text())["Say"].keys()
     rows = [row for row in steps_of(config.out) if "reward" in row]
     assert all(row["kl"] > 0 and row["clip_ratio/region_mean"] > 0 for row in rows)  # from each step's second update
     real, calls = loop.train_step, []

@@ -18,9 +18,9 @@ from test_04_model import random_gpt
 
 from edu import rl
 from edu.chat import calculator_tool, render_prompt
-from edu.config import RLConfig
+from edu.config import Advantage, Normalization, RLConfig
 from edu.engine import Engine
-from edu.objective import Advantage, Normalization, advantages, normaliser, surrogate, token_share
+from edu.objective import advantages, normaliser, surrogate, token_share
 from edu.optim import MuonAdamW
 from edu.packing import Piece, collate, pack_rows
 from edu.rollouts import Rollout, draw, fitting, roll_out, show_group, summarise, token_logprobs

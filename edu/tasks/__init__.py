@@ -71,14 +71,18 @@ def load(place: str) -> Callable[..., Any]:
     Fraction(1, 2)
     """
     path, _, name = place.rpartition(":")
-    try:
-        found = runpy.run_path(path)[name] if path.endswith(".py") else pkgutil.resolve_name(place)
-    except FileNotFoundError:
-        raise ValueError(f"{place}: no such file as {path}") from None
-    except (KeyError, AttributeError, ImportError, ValueError) as error:
-        raise ValueError(f"{place}: not found ({error}); expected file.py:name or package.module:name") from error
-    if not name or not callable(found):
-        raise ValueError(f"{place}: not a function or class; expected file.py:name or package.module:name")
+    expected = "expected file.py:name or package.module:name"
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"{place}: no such file as {path}")
+        found = runpy.run_path(path).get(name)
+    else:
+        try:
+            found = pkgutil.resolve_name(place)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{place}: {error}; {expected}") from error
+    if not callable(found):
+        raise ValueError(f"{place}: no function or class of that name; {expected}")
     return found
 
 
