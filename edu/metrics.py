@@ -51,7 +51,7 @@ DEFINITIONS = {
     TOKENS_PER_SECOND: "trained tokens per second over the last steps, all processes together",
     SECONDS: "seconds of work since the stage began, restarts added up",
     REWARD: "mean reward of the step's completions on training problems; 1 is right, 0 is wrong",
-    REWARD_STD: "standard deviation of the reward within a prompt's group, mean over groups",
+    REWARD_STD: "standard deviation of the reward over the step's completions",
     ZERO_STD: "share of prompts whose completions all got the same reward, so that nothing is learnt from them",
     MEAN_LENGTH: "mean length of completions in tokens",
     CLIPPED_RATIO: "share of completions cut off by the token limit",

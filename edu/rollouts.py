@@ -6,7 +6,7 @@ only read. It is sampled at temperature 1 from the full softmax, so the log-prob
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -119,12 +119,12 @@ def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str,
 def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """The figures of a step's rollouts, under TRL's names."""
     flat = [rollout for group in groups for rollout in group]
-    spreads = [pstdev(rollout.reward for rollout in group) for group in groups]
+    rewards = [[rollout.reward for rollout in group] for group in groups]
     chosen = [p for r in flat for p, m in zip(r.sample.logprobs, r.sample.mask, strict=True) if m]
     return {
         metrics.REWARD: fmean(rollout.reward for rollout in flat),
-        metrics.REWARD_STD: fmean(spreads),
-        metrics.ZERO_STD: fmean(spread == 0 for spread in spreads),
+        metrics.REWARD_STD: stdev(rollout.reward for rollout in flat),
+        metrics.ZERO_STD: fmean(min(group) == max(group) for group in rewards),
         metrics.MEAN_LENGTH: fmean(len(rollout.sample.tokens) for rollout in flat),
         metrics.CLIPPED_RATIO: fmean(rollout.sample.finish_reason == "length" for rollout in flat),
         # -log p of what was sampled is an unbiased estimate of the entropy where it was sampled.

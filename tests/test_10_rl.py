@@ -284,6 +284,18 @@ def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Toke
     figures = summarise([[cut, cut]])
     assert figures["completions/clipped_ratio"] == 1
     assert figures["frac_reward_zero_std"] == 1
+    right = Rollout(prompt, Sample([1], [1], [-2.0], "stop"), 1.0, 1.0)
+    figures = summarise([[cut, cut], [right, right], [right, cut]])
+    assert figures == pytest.approx(
+        {
+            "reward": 0.5,
+            "reward_std": math.sqrt(6 * 0.25 / 5),
+            "frac_reward_zero_std": 2 / 3,
+            "completions/mean_length": 1.5,
+            "completions/clipped_ratio": 0.5,
+            "entropy": 3 * 2.0 / 9,
+        }
+    )
 
 
 def test_a_tool_call_in_a_rollout_is_answered_and_its_answer_not_trained(tokenizer: Tokenizer) -> None:
