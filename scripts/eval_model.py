@@ -87,7 +87,7 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
         elif name == "facts":
             found[name] = evaluate_facts(engine, tokenizer, args.data / "chats_test.jsonl", limit=args.limit)
         else:
-            found[name] = evaluate_task(
+            found[name.rpartition(":")[2]] = evaluate_task(
                 engine,
                 tokenizer,
                 GSM8K(*problems[name]) if name in problems else load(name)("test"),
@@ -109,16 +109,17 @@ def main() -> None:
     earlier = read_records(args.against) if args.against else {}
     found = measure(args, TASKS if args.task == "all" else (args.task,))
     about = {"model": args.model, "settings": {k: v if isinstance(v, int) else str(v) for k, v in asdict(args).items()}}
-    save(args.out, about, found)
+    compared = {
+        name: asdict(compare_records(earlier[name], found[name].records))
+        for name in earlier.keys() & found.keys()
+        if "samples" in found[name].records[0]
+    }
+    save(args.out, about | ({"compared": compared} if args.against else {}), found)
     for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
         if "by_template" not in path:  # a long table: it is in the file
             print(" / ".join(path), "=", number)
-    for name in earlier.keys() & found.keys():
-        if "samples" in found[name].records[0]:
-            print(
-                f"{name}, against {args.against}:",
-                json.dumps(asdict(compare_records(earlier[name], found[name].records))),
-            )
+    for name, comparison in compared.items():
+        print(f"{name}, against {args.against}:", json.dumps(comparison))
 
 
 if __name__ == "__main__":
