@@ -63,14 +63,16 @@ class Sampling:
 def ask(
     engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], sampling: Sampling, label: str, quiet: bool
 ) -> "Iterator[list[Sample]]":
-    """Let the model answer conversations, calculator at hand unless told otherwise; the samples of each, in order.
+    """Let the model answer conversations, calculator at hand or not; the samples of each, in order.
 
     Conversation i has its own seed, made of the seed and i: what it gets does not depend on how many others are asked.
     One that does not fit into the model's context stays unanswered: samples without a token, truncated.
+    Without the calculator an answer ends where stock transformers ends it, at a call too, since nobody answers that.
     """
     from edu.engine import Sample
 
     prompts = [render_prompt(messages, tokenizer) for messages in chats]
+    unanswered = [tokenizer.python_end, tokenizer.bos]
     seeds = [int(np.random.SeedSequence((sampling.seed, i)).generate_state(1)[0]) for i in range(len(prompts))]
     with progress(len(prompts), label, quiet=quiet) as bar:
         for start in range(0, len(prompts), CHUNK):
@@ -81,7 +83,7 @@ def ask(
                 sampling.num_samples,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
-                stop_tokens=[tokenizer.assistant_end],
+                stop_tokens=[tokenizer.assistant_end, *([] if sampling.calculator else unanswered)],
                 seed=[seeds[i] for i in fitting],
                 tool=calculator_tool(tokenizer) if sampling.calculator else None,
             )

@@ -48,7 +48,8 @@ def train(config: RLConfig) -> Result:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
     if config.reward is not None:
         task = Rewarded(task, load(config.reward))
-    trained_on = [(config.task or str(config.problems or "openai/gsm8k"), f"{len(task):,} problems, right answers rewarded")]
+    source = config.task or str(config.problems or "openai/gsm8k")
+    trained_on = [(source, f"{len(task):,} problems, right answers rewarded")]
     replay = None
     if config.replay is not None:
         data = load_sft_data(config.replay, tokenizer, T)

@@ -36,7 +36,7 @@ class Args:
     max_new_tokens: int = 96
     """A longer answer is cut off and counts as wrong."""
     calculator: bool = True
-    """Whether problems are solved with the calculator answering."""
+    """Whether the calculator answers when it is called; without, an answer ends at its first call."""
     limit: int | None = None
     """Only the first so many problems, facts, or validation batches."""
     batch_size: int = 16

@@ -224,6 +224,7 @@ def test_without_the_calculator_no_tool_answers(engine: Any, tokenizer: Tokenize
     for calculator in (True, False):
         evaluate_task(engine, tokenizer, task, calculator=calculator, quiet=True)
     assert [call["tool"] is None for call in engine.calls] == [False, True]
+    assert [tokenizer.python_end in call["stop_tokens"] for call in engine.calls] == [False, True]
 
 
 def test_greedy_answers_are_not_sampled_many_times(engine: Any, tokenizer: Tokenizer, task: GSM8K) -> None:
