@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from edu.command import read_yaml
 from edu.plan import TUNED_BATCH, TUNED_DEPTH, Sizes, batch_tokens, vocab_size_of
 
+Advantage = Literal["mean", "mean_std", "leave_one_out"]
+Normalization = Literal["token", "sequence", "constant"]
 COUNTS = [
     "max_steps",
     "batch_size",
@@ -27,6 +29,7 @@ COUNTS = [
     "num_problems",
     "max_new_tokens",
     "replay_rows",
+    "epochs",
     "layers",
     "channels",
     "heads",
@@ -174,6 +177,8 @@ class ChatConfig(StageConfig):
 
     problems: Path | None = Path("data/tiny/problems")
     """Folder with train.jsonl and test.jsonl in GSM8K's form; none: openai/gsm8k from the Hub."""
+    task: str | None = None
+    """A task of your own in place of the problems: file.py:name, which is called with "train" or "test" (docs/tasks.md)."""
     identity: Path | None = Path("data/identity_eval.yaml")
     """Held-out questions about itself, asked at the end; none: not asked."""
     persona: Path = Path("data/persona.yaml")
@@ -223,8 +228,22 @@ class RLConfig(ChatConfig):
     """Rollouts of each problem, K."""
     micro_batch_size: int = 16
     max_steps: int = 200
-    temperature: float = 1.0
-    """Of the rollouts; the log-probabilities trained are those sampled from only at 1."""
+    reward: str | None = None
+    """A reward function in TRL's signature in place of the task's: file.py:name or package.module:name (docs/tasks.md)."""
+    advantage: Advantage = "mean"
+    """Reward minus the group's mean; that over its standard deviation; or minus the mean of the others (docs/rl.md)."""
+    normalization: Normalization = "token"
+    """Every token weighs the same; every answer does; or every token against the longest answer allowed (docs/rl.md)."""
+    epochs: int = 1
+    """Updates on the rollouts of a step; from the second on, ratios to the policy that sampled are clipped."""
+    clip_low: float = 0.2
+    """A token that became less probable by more than this share is not pushed further down."""
+    clip_high: float = 0.28
+    """A token that became more probable by more than this share is not pushed further up."""
+    kl: float = 0.0
+    """Factor on the KL to the model that RL started from; 0: no such model is held."""
+    dynamic_sampling: bool = False
+    """Go on to further problems, in place of those whose answers all earn the same."""
     lr_scale: float = 0.4
     warmup: int = 5
     decay: float = 1.0
@@ -241,8 +260,14 @@ class RLConfig(ChatConfig):
         super().__post_init__()
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: a group needs two or more, to say which one is better")
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature {self.temperature}: must be positive, equal samples teach nothing")
+        for name, choices in (("advantage", get_args(Advantage)), ("normalization", get_args(Normalization))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(choices)}")
+        for name in ("clip_low", "clip_high", "kl"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must not be negative")
+            if name != "kl" and self.epochs == 1 and getattr(self, name) != getattr(RLConfig, name):
+                raise ValueError(f"--{flag(name)}: nothing is clipped in one update; give --epochs 2 or more with it")
 
 
 def flag(name: str) -> str:

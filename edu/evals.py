@@ -53,6 +53,7 @@ class Sampling:
     temperature: float = 0.0
     max_new_tokens: int = 64
     seed: int = 0
+    calculator: bool = True
 
     def __post_init__(self) -> None:
         if self.temperature == 0 and self.num_samples > 1:
@@ -62,14 +63,16 @@ class Sampling:
 def ask(
     engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], sampling: Sampling, label: str, quiet: bool
 ) -> "Iterator[list[Sample]]":
-    """Let the model answer conversations, calculator at hand; the samples of each, in order.
+    """Let the model answer conversations, calculator at hand or not; the samples of each, in order.
 
     Conversation i has its own seed, made of the seed and i: what it gets does not depend on how many others are asked.
     One that does not fit into the model's context stays unanswered: samples without a token, truncated.
+    Without the calculator an answer ends where stock transformers ends it, at a call too, since nobody answers that.
     """
     from edu.engine import Sample
 
     prompts = [render_prompt(messages, tokenizer) for messages in chats]
+    unanswered = [tokenizer.python_end, tokenizer.bos]
     seeds = [int(np.random.SeedSequence((sampling.seed, i)).generate_state(1)[0]) for i in range(len(prompts))]
     with progress(len(prompts), label, quiet=quiet) as bar:
         for start in range(0, len(prompts), CHUNK):
@@ -80,9 +83,9 @@ def ask(
                 sampling.num_samples,
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
-                stop_tokens=[tokenizer.assistant_end],
+                stop_tokens=[tokenizer.assistant_end, *([] if sampling.calculator else unanswered)],
                 seed=[seeds[i] for i in fitting],
-                tool=calculator_tool(tokenizer),
+                tool=calculator_tool(tokenizer) if sampling.calculator else None,
             )
             bar.advance(len(chunk), tokens=sum(len(sample.tokens) for group in groups for sample in group))
             found = dict(zip(fitting, groups, strict=True))
@@ -110,11 +113,12 @@ def evaluate_task(
     max_new_tokens: int = 96,
     seed: int = 0,
     limit: int | None = None,
+    calculator: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
     """Let the model solve the task's first `limit` problems (all without it): greedily, or with num_samples each."""
     examples = [task.get_example(i) for i in range(len(task) if limit is None else min(limit, len(task)))]
-    sampling = Sampling(num_samples, temperature, max_new_tokens, seed)
+    sampling = Sampling(num_samples, temperature, max_new_tokens, seed, calculator)
     groups = ask(engine, tokenizer, [example["messages"] for example in examples], sampling, "problems", quiet)
     records: list[Record] = []
     for index, (example, group) in enumerate(zip(examples, groups, strict=True)):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,11 +28,12 @@ REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 class StepData:
     """What one step trains on, on this process."""
 
-    terms: Sequence[Term]
+    updates: Iterable[Sequence[Term]]
+    """The terms of each update: one, except where RL uses its rollouts again."""
     position: Any = None
     """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
     figures: dict[str, float] = field(default_factory=dict)
-    """Metrics of the data itself (rewards, lengths)."""
+    """Metrics of the data itself (rewards, lengths), complete after the last update."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Training:
         self.step, self.tokens, self.positions = run.resume(self.model, self.optimizer)
         self.saved = self.started = self.step
         self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
+        self.row_length = getattr(run.config, "sequence_length", model.config.max_position_embeddings)
         self.parts = 1
         """In how many parts each micro-batch is computed: doubled where memory runs out."""
 
@@ -110,7 +112,8 @@ class Training:
                 data = next_data(self.step)
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
-                result = self._update(data.terms)
+                results = [self._update(terms) for terms in data.updates]
+                result = results[-1]
                 seconds, position = time.perf_counter() - started, data.position
                 self.step += 1
                 self.tokens += result.tokens
@@ -120,7 +123,7 @@ class Training:
                         f"Lower --lr-scale ({config.lr_scale}) and give another --out"
                     )
                 trained_seconds += seconds
-                flops = result.positions * self.sizes.flops_per_token(data.terms[0].batches[0].inputs.shape[1])
+                flops = sum(result.positions for result in results) * self.sizes.flops_per_token(self.row_length)
                 figures = {
                     metrics.LOSS: result.losses[0],
                     metrics.GRAD_NORM: result.grad_norm,

@@ -17,7 +17,7 @@ from edu.metrics import measures as figures_of
 from edu.model import GPT
 from edu.packing import IGNORE, Batch
 from edu.persona import IdentityQuestion, Persona, load_identity_eval, load_persona
-from edu.tasks import Task
+from edu.tasks import Task, load
 from edu.tasks.gsm8k import GSM8K
 from edu.tokenizer import Tokenizer
 
@@ -55,16 +55,22 @@ class Measures:
     """What a chat stage is measured on, read before it trains, so that a wrong file costs nothing."""
 
     tasks: dict[str, Task]
-    """Held-out problems by name: math, and math_templates where the problems have such a split."""
+    """Held-out problems by name: math, and math_templates where the problems have such a split; or the user's own."""
     persona: Persona
     questions: list[IdentityQuestion]
     facts: Path | None
 
 
+def read_task(config: ChatConfig, split: str) -> Task:
+    """The problems of a split, "train" or "test": the user's own task, or else those in GSM8K's form."""
+    return GSM8K(split, config.problems) if config.task is None else load(config.task)(split)
+
+
 def read_measures(config: ChatConfig) -> Measures:
     """Read all that the end of the stage needs; ValueError or OSError names what is missing."""
-    tasks: dict[str, Task] = {"math": GSM8K("test", config.problems)}
-    if config.problems is not None and (config.problems / "test_templates.jsonl").is_file():
+    name = "math" if config.task is None else config.task.rpartition(":")[2]
+    tasks = {name: read_task(config, "test")}
+    if config.task is None and config.problems is not None and (config.problems / "test_templates.jsonl").is_file():
         tasks["math_templates"] = GSM8K("test_templates", config.problems)
     persona = load_persona(config.persona)
     questions = [] if config.identity is None else load_identity_eval(config.identity, persona)

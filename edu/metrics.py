@@ -37,6 +37,7 @@ MEAN_LENGTH = "completions/mean_length"
 CLIPPED_RATIO = "completions/clipped_ratio"
 ENTROPY = "entropy"
 KL = "kl"
+CLIP_RATIO = "clip_ratio/region_mean"
 PASS_AT_1 = "eval/pass@1"
 
 DEFINITIONS = {
@@ -52,12 +53,13 @@ DEFINITIONS = {
     MFU: "model-FLOPs utilisation: FLOPs of the step's forward and backward, per second, as a share of the devices' peak",
     SECONDS: "seconds of work since the stage began, restarts added up",
     REWARD: "mean reward of the step's completions on training problems; 1 is right, 0 is wrong",
-    REWARD_STD: "standard deviation of the reward within a prompt's group, mean over groups",
+    REWARD_STD: "standard deviation of the reward over the step's completions",
     ZERO_STD: "share of prompts whose completions all got the same reward, so that nothing is learnt from them",
     MEAN_LENGTH: "mean length of completions in tokens",
     CLIPPED_RATIO: "share of completions cut off by the token limit",
     ENTROPY: "mean entropy of the next-token distribution where the model sampled, in nats; near 0 means no exploration left",
-    KL: "mean divergence from the reference model per sampled token, in nats",
+    KL: "divergence from the reference model (k3 estimate), mean over sampled tokens and updates of the step, in nats",
+    CLIP_RATIO: "share of sampled tokens whose probability ratio was clipped, over all updates of the step",
     PASS_AT_1: "share of samples that are right on held-out problems, mean over problems",
 }
 

@@ -102,7 +102,7 @@ def train(config: PretrainConfig) -> Result:
 
     def next_data(_: int) -> StepData:
         taken = list(islice(stream, passes))
-        return StepData([Term([batch for batch, _ in taken])], taken[-1][1].to_dict())
+        return StepData([[Term([batch for batch, _ in taken])]], taken[-1][1].to_dict())
 
     def validate(steps: int) -> float:
         rows = validation_batches(

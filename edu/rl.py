@@ -1,49 +1,55 @@
 """Reinforcement learning: sample answers, reward the right ones, make the better ones of each group more likely.
 
-On-policy and without tricks (REINFORCE with a group baseline): one update on what was just sampled, so there is no old
-policy to clip against. Normalised by all sampled tokens of the step (DAPO, arXiv:2503.14476, section 3.3).
+On-policy and without tricks unless told otherwise: one update on what was just sampled (REINFORCE with a group baseline),
+normalised by all sampled tokens of the step. Each choice of the literature is one flag; docs/rl.md has the formulas.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from edu import metrics
 from edu.checkpoint import Run, generating, load_model, load_tokenizer
 from edu.config import RLConfig
 from edu.engine import Engine
 from edu.evals import evaluate_task
 from edu.loop import Result, StepData, Training, split_rows
-from edu.measure import measure_chat, read_measures, show_answers
-from edu.metrics import PASS_AT_1
+from edu.measure import measure_chat, read_measures, read_task, show_answers
+from edu.model import GPT
+from edu.objective import normaliser, surrogate, token_share
 from edu.packing import pack_rows
 from edu.report import environment
-from edu.rollouts import Rollout, draw, fitting, roll_out, seed_of, shuffled, summarise
+from edu.rollouts import Rollout, draw, fitting, roll_out, seed_of, show_group, shuffled, summarise, token_logprobs
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
 from edu.step import Term
-from edu.tasks import Subset, Task
-from edu.tasks.gsm8k import GSM8K
+from edu.tasks import Rewarded, Subset, Task, load
+from edu.tokenizer import Tokenizer
+
+ROUNDS = 4
+"""How many times batch_size problems dynamic sampling may try in a step, to find enough that teach something."""
 
 
 def train(config: RLConfig) -> Result:
-    """Reinforce, or continue where the folder stands.
-
-    1. Draw the step's problems, the same for any number of processes; process r takes every world-th.
-    2. Roll out K answers of each, score them, and weigh each by its advantage.
-    3. One update on them, plus a share of SFT conversations.
-    """
+    """Reinforce, or continue where the folder stands: each step samples, weighs and updates, as `Reinforcement` says."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
     T = model.config.max_position_embeddings
     measures = read_measures(config)
-    task, left_out = fitting(GSM8K("train", config.problems), tokenizer, T - config.max_new_tokens)
+    task, left_out = fitting(read_task(config, "train"), tokenizer, T - config.max_new_tokens)
     accelerator.print(f"{len(task):,} problems; {left_out:,} more leave no room for an answer in a context of {T}")
-    measured: Task = measures.tasks["math"]
+    measured: Task = next(iter(measures.tasks.values()))
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
-    trained_on = [(str(config.problems or "openai/gsm8k"), f"{len(task):,} problems, right answers rewarded")]
+    if config.reward is not None:
+        task = Rewarded(task, load(config.reward))
+    source = config.task or str(config.problems or "openai/gsm8k")
+    trained_on = [(source, f"{len(task):,} problems, right answers rewarded")]
     replay = None
     if config.replay is not None:
         data = load_sft_data(config.replay, tokenizer, T)
@@ -52,37 +58,8 @@ def train(config: RLConfig) -> Result:
         replay = Epochs(data.train, T, config.seed)
     run = Run(config, "rl", accelerator, tokenizer, trained_on)
     training = Training(run, model)
-
-    def local_rollouts(step: int) -> list[list[Rollout]]:
-        chosen = draw(len(task), config.seed, step * config.batch_size, config.batch_size)
-        mine = range(accelerator.process_index, config.batch_size, accelerator.num_processes)
-        with generating(accelerator, training.model) as model:
-            return roll_out(
-                Engine(model),
-                tokenizer,
-                task,
-                [task.get_example(chosen[i]) for i in mine],
-                [seed_of(config.seed, step, i) for i in mine],
-                num_samples=config.samples,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-            )
-
-    def next_data(step: int) -> StepData:
-        groups = local_rollouts(step)
-        # Rollouts without advantage have no gradient: they count in N, and are not computed.
-        useful = [r.piece for group in groups for r in group if r.advantage != 0]
-        counted = sum(sum(r.sample.mask) for group in groups for r in group)
-        rows = [[useful[i] for i in row] for row in pack_rows(useful, T)]
-        passes = max(gather_object([-(-len(rows) // config.micro_batch_size)])) or 1
-        micro = [rows[i * config.micro_batch_size :][: config.micro_batch_size] for i in range(passes)]
-        left_out = counted - sum(sum(piece.mask) for piece in useful)
-        terms = [Term(batches_of(micro, T, tokenizer.pad), left_out=left_out)]
-        if replay is not None:
-            again = replay.rows(step * config.replay_rows, config.replay_rows)
-            micro = split_rows(again, config.micro_batch_size, accelerator)
-            terms.append(Term(batches_of(micro, T, tokenizer.pad), config.replay_weight))
-        return StepData(terms, figures=summarise(gather_object(groups)))
+    reference = load_model(config.model, accelerator.device).eval() if config.kl else None
+    steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reference, replay, T)
 
     def evaluate(step: int) -> Mapping[str, float]:
         if not accelerator.is_main_process:
@@ -101,9 +78,9 @@ def train(config: RLConfig) -> Result:
                 limit=config.eval_problems,
                 quiet=True,
             )
-        return {PASS_AT_1: evaluation.summary["pass@1"]["value"]}
+        return {metrics.PASS_AT_1: evaluation.summary["pass@1"]["value"]}
 
-    if not training.fit(next_data, evaluate, "reinforcing"):
+    if not training.fit(steps.next_data, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
     results: dict[str, Any] = {}
     if accelerator.is_main_process:
@@ -112,3 +89,119 @@ def train(config: RLConfig) -> Result:
         results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
     run.finish(results)
     return Result(training.step, True, results)
+
+
+@dataclass(frozen=True)
+class Reinforcement:
+    """The steps of a run, each a function of the seed, its number and the model.
+
+    1. Draw the step's problems, the same for any number of processes; process r takes every world-th.
+    2. Roll out K answers of each, score them, and weigh each by its advantage.
+    3. One update on them, or several, plus a share of SFT conversations.
+    """
+
+    config: RLConfig
+    accelerator: Accelerator
+    tokenizer: Tokenizer
+    run: Run
+    training: Training
+    task: Task
+    reference: GPT | None
+    """The model that the KL is measured to."""
+    replay: Epochs | None
+    context: int
+    """Tokens of a row."""
+
+    def next_data(self, step: int) -> StepData:
+        """Sample, and hand over what to train on."""
+        sampled, kept = self.sample(step)
+        if step % self.config.eval_every == 0:
+            self.run.show(step, [row for group in sampled[:1] for row in show_group(group, self.tokenizer)])
+        figures = summarise(gather_object(sampled))
+        return StepData(self.updates(step, [r for group in kept for r in group], figures), figures=figures)
+
+    def sample(self, step: int) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+        """This process's groups of a step: all that were sampled, and those to train on.
+
+        Dynamic sampling goes on to further problems until batch_size groups have unequal rewards, or ROUNDS are over.
+        """
+        config, world = self.config, self.accelerator.num_processes
+        size, rounds = config.batch_size, ROUNDS if config.dynamic_sampling else 1
+        chosen = draw(len(self.task), config.seed, step * rounds * size, rounds * size)
+        sampled, telling = dict[int, list[Rollout]](), list[int]()
+        with generating(self.accelerator, self.training.model) as model:
+            engine = Engine(model)
+            for first in range(0, rounds * size, size):
+                mine = range(first + self.accelerator.process_index, first + size, world)
+                groups = roll_out(
+                    engine,
+                    self.tokenizer,
+                    self.task,
+                    [self.task.get_example(chosen[i]) for i in mine],
+                    [seed_of(config.seed, step, i) for i in mine],
+                    num_samples=config.samples,
+                    max_new_tokens=config.max_new_tokens,
+                    advantage=config.advantage,
+                )
+                sampled |= zip(mine, groups, strict=True)
+                telling += sorted(gather_object([i for i in mine if any(r.advantage for r in sampled[i])]))
+                if len(telling) >= size:
+                    break
+        kept = set(telling[:size]) if config.dynamic_sampling else sampled.keys()
+        return list(sampled.values()), [group for i, group in sampled.items() if i in kept]
+
+    def updates(self, step: int, rollouts: list[Rollout], figures: dict[str, float]) -> Iterator[list[Term]]:
+        """The terms of each update on a step's rollouts, the same rows with new weights."""
+        config, T, pad = self.config, self.context, self.tokenizer.pad
+        lengths = [r.length for r in rollouts]
+        # Without advantage there is no gradient but the KL's: such rollouts count in N, and are not computed.
+        useful = [r for r in rollouts if r.advantage != 0 or config.kl]
+        left_out = sum(lengths) - sum(r.length for r in useful)
+        count = normaliser(lengths, config.normalization, config.max_new_tokens)
+        rows = pack_rows([r.piece for r in useful], T)
+        passes = max(gather_object([-(-len(rows) // config.micro_batch_size)])) or 1
+        parts = [rows[i * config.micro_batch_size :][: config.micro_batch_size] for i in range(passes)]
+        others = []
+        if self.replay is not None:
+            again = self.replay.rows(step * config.replay_rows, config.replay_rows)
+            micro = split_rows(again, config.micro_batch_size, self.accelerator)
+            others.append(Term(batches_of(micro, T, pad), config.replay_weight))
+        for weights in self.weights(useful, sum(lengths), figures):
+            pieces = [
+                replace(r.piece, weight=weight * token_share(r.length, config.normalization))
+                for r, weight in zip(useful, weights, strict=True)
+            ]
+            batches = batches_of([[[pieces[i] for i in row] for row in part] for part in parts], T, pad)
+            yield [Term(batches, left_out=left_out, count=count), *others]
+
+    def weights(
+        self, rollouts: list[Rollout], tokens: int, figures: dict[str, float]
+    ) -> Iterator[list[float] | list[np.ndarray]]:
+        """What each rollout's tokens weigh in each update: its advantage, while the policy is the one that sampled.
+
+        Later updates, and a KL, need the log-probabilities of three policies: one pass without gradients for each.
+        """
+        config = self.config
+        if config.epochs == 1 and self.reference is None:
+            yield [r.advantage for r in rollouts]
+            return
+        pieces = [r.piece for r in rollouts]
+        size, totals = (self.context, config.micro_batch_size), np.zeros(3)  # clipped, KL and all tokens so far
+        old = near = list[np.ndarray]()
+        for epoch in range(config.epochs):
+            with generating(self.accelerator, self.training.model) as model, self.accelerator.autocast():
+                now = token_logprobs(model, pieces, *size)
+                if epoch == 0:
+                    old = now
+                    near = now if self.reference is None else token_logprobs(self.reference, pieces, *size)
+            bounds = {"low": config.clip_low, "high": config.clip_high, "kl": config.kl}
+            found = [
+                surrogate(r.advantage, *logprobs, **bounds)
+                for r, *logprobs in zip(rollouts, now, old, near, strict=True)
+            ]
+            totals += [sum(f.clipped.sum() for f in found), sum(f.kl.sum() for f in found), tokens]
+            clipped, kl, counted = np.sum(gather_object([totals]), axis=0)
+            figures[metrics.CLIP_RATIO] = float(clipped / max(counted, 1))
+            if self.reference is not None:
+                figures[metrics.KL] = float(kl / max(counted, 1))
+            yield [f.weights for f in found]

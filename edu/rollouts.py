@@ -1,20 +1,23 @@
 """Rollouts: sample K answers to a problem, score each, and turn what was sampled into rows to learn from.
 
 A rollout trains exactly the tokens that the model chose, the stop token included; the prompt and what a tool forced are
-only read. Its weight is its advantage: how much better it scored than the mean of its group (GRPO, arXiv:2402.03300,
-without the division by the standard deviation: Dr. GRPO, arXiv:2503.20783).
+only read. It is sampled at temperature 1 from the full softmax, so the log-probabilities trained are those sampled from.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
+import torch
 
 from edu import metrics
-from edu.chat import calculator_tool, render_prompt
+from edu.chat import calculator_tool, render_prompt, stream_text
 from edu.engine import Engine, Sample
-from edu.packing import Piece
+from edu.model import GPT
+from edu.objective import Advantage, advantages
+from edu.packing import Piece, collate, pack_rows
 from edu.tasks import Example, Subset, Task, score
 from edu.tokenizer import Tokenizer
 
@@ -27,7 +30,12 @@ class Rollout:
     sample: Sample
     reward: float
     advantage: float
-    """Reward minus the mean reward of the group."""
+    """How much better than its group it is, as edu.objective defines."""
+
+    @property
+    def length(self) -> int:
+        """Sampled tokens, those that count."""
+        return sum(self.sample.mask)
 
     @property
     def piece(self) -> Piece:
@@ -47,16 +55,6 @@ def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
     return Subset(task, kept), len(lengths) - len(kept)
 
 
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """Reward minus the group's mean; zero for all where the rewards are equal.
-
-    >>> advantages([1.0, 0.0, 0.0, 0.0])
-    [0.75, -0.25, -0.25, -0.25]
-    """
-    mean = fmean(rewards)
-    return [reward - mean for reward in rewards]
-
-
 def roll_out(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -66,15 +64,14 @@ def roll_out(
     *,
     num_samples: int,
     max_new_tokens: int,
-    temperature: float,
+    advantage: Advantage = "mean",
 ) -> list[list[Rollout]]:
-    """K rollouts of each problem, at full softmax: log-probabilities trained are those sampled from."""
+    """K independent rollouts of each problem, scored against each other."""
     prompts = [render_prompt(example["messages"], tokenizer) for example in examples]
     groups = engine.generate(
         prompts,
         num_samples,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
         stop_tokens=[tokenizer.assistant_end],
         seed=seeds,
         tool=calculator_tool(tokenizer),
@@ -82,20 +79,52 @@ def roll_out(
     rollouts = []
     for prompt, example, group in zip(prompts, examples, groups, strict=True):
         rewards = [score(sample, example, task, tokenizer) for sample in group]
-        rated = zip(group, rewards, advantages(rewards), strict=True)
-        rollouts.append([Rollout(prompt, sample, reward, advantage) for sample, reward, advantage in rated])
+        rated = zip(group, rewards, advantages(rewards, advantage), strict=True)
+        rollouts.append([Rollout(prompt, sample, reward, above) for sample, reward, above in rated])
     return rollouts
+
+
+@torch.no_grad()
+def token_logprobs(model: GPT, pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[np.ndarray]:
+    """Log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
+
+    The rows are packed as in training, so what is trained next has these very log-probabilities.
+    """
+    found = [np.zeros(len(piece.ids)) for piece in pieces]
+    rows = pack_rows(pieces, sequence_length)
+    for part in (rows[at : at + batch_size] for at in range(0, len(rows), batch_size)):
+        batch = collate([[pieces[i] for i in row] for row in part], sequence_length).to(model.device)
+        logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions).double().cpu().numpy()
+        for line, row in zip(logprobs, part, strict=True):
+            ends = np.cumsum([len(pieces[i].ids) - 1 for i in row])
+            for i, said in zip(row, np.split(line, ends), strict=False):  # what is left over is padding
+                found[i][1:] = said
+    return found
+
+
+def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """A group as lines of samples.jsonl: what was said, calls of tools included, and what it earned."""
+    return [
+        {
+            "prompt": tokenizer.decode(each.prompt, skip_special=True),
+            "rollout": "".join(stream_text(each.sample.tokens, tokenizer, show_tools=True)),
+            "finish_reason": each.sample.finish_reason,
+            "reward": each.reward,
+            "advantage": each.advantage,
+        }
+        for each in group
+    ]
 
 
 def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """The figures of a step's rollouts, under TRL's names."""
     flat = [rollout for group in groups for rollout in group]
-    spreads = [pstdev(rollout.reward for rollout in group) for group in groups]
+    rewards = [[rollout.reward for rollout in group] for group in groups]
     chosen = [p for r in flat for p, m in zip(r.sample.logprobs, r.sample.mask, strict=True) if m]
     return {
         metrics.REWARD: fmean(rollout.reward for rollout in flat),
-        metrics.REWARD_STD: fmean(spreads),
-        metrics.ZERO_STD: fmean(spread == 0 for spread in spreads),
+        metrics.REWARD_STD: stdev(rollout.reward for rollout in flat),
+        metrics.ZERO_STD: fmean(min(group) == max(group) for group in rewards),
         metrics.MEAN_LENGTH: fmean(len(rollout.sample.tokens) for rollout in flat),
         metrics.CLIPPED_RATIO: fmean(rollout.sample.finish_reason == "length" for rollout in flat),
         # -log p of what was sampled is an unbiased estimate of the entropy where it was sampled.

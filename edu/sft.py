@@ -38,7 +38,7 @@ def train(config: SFTConfig) -> Result:
     def next_data(step: int) -> StepData:
         rows = epochs.rows(step * config.batch_size, config.batch_size)
         micro = split_rows(rows, config.micro_batch_size, accelerator)
-        return StepData([Term(batches_of(micro, T, tokenizer.pad))])
+        return StepData([[Term(batches_of(micro, T, tokenizer.pad))]])
 
     def evaluate(step: int) -> Mapping[str, float]:
         if not accelerator.is_main_process:

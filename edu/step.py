@@ -1,7 +1,7 @@
 """One optimizer step, for every stage: loss = sum(w * -log p) / N, whatever the split into batches and processes.
 
-N counts the targets that are not -1 over all micro-batches and all processes of the step. Dividing by each
-micro-batch's own count instead would weigh tokens by how empty their neighbours are: the mean of means.
+N counts the targets that are not -1 (or what a term counts instead) over all micro-batches and all processes of the
+step. Dividing by each micro-batch's own count would weigh tokens by how empty their neighbours are: the mean of means.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ class Term:
     scale: float = 1.0
     left_out: int = 0
     """Targets of weight 0 that count in N but were left out of the batches, since their gradient is zero."""
+    count: int | None = None
+    """This process's part of N, where that is not its number of targets."""
 
     def split(self, parts: int) -> "Term":
         """The same term in micro-batches of a parts-th of the rows, the last ones perhaps empty."""
@@ -57,15 +59,17 @@ def train_step(
 ) -> StepResult:
     """Accumulate the gradients of all micro-batches, clip, update. Every process must bring as many micro-batches.
 
-    1. Count the targets of each term over all processes.
+    1. Add up N of each term over all processes.
     2. Backward each micro-batch, scaled so that accelerate's mean over micro-batches and DDP's over processes cancel.
     3. Clip and update once, after the last one.
 
     torch.OutOfMemoryError leaves model and optimizer as they were before the step.
     """
     micro = [(i, batch) for i, term in enumerate(terms) for batch in term.batches]
-    counted = [t.left_out + sum(int((b.targets != IGNORE).sum()) for b in t.batches) for t in terms]
-    *counts, positions = _sum(accelerator, torch.tensor([*counted, sum(b.targets.numel() for _, b in micro)]))
+    targets = [t.left_out + sum(int((b.targets != IGNORE).sum()) for b in t.batches) for t in terms]
+    parts = [n if t.count is None else t.count for n, t in zip(targets, terms, strict=True)]
+    places = sum(batch.targets.numel() for _, batch in micro)
+    *counts, tokens, positions = _sum(accelerator, torch.tensor([*parts, targets[0], places]))
     sums = torch.zeros(len(terms), device=accelerator.device)
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro), 0
     try:
@@ -83,7 +87,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     losses, skipped = _sum(accelerator, sums).tolist(), bool(getattr(optimizer, "step_was_skipped", False))
-    return StepResult(losses, max(int(counts[0]), 1), int(positions), grad_norm, skipped)
+    return StepResult(losses, max(int(tokens), 1), int(positions), grad_norm, skipped)
 
 
 def fits(accelerator: Accelerator, model: nn.Module, terms: Sequence[Term]) -> bool:

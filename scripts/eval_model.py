@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edu.command import parse, run_script
 
@@ -17,9 +17,10 @@ TASKS = ("bpb", "tiny", "tiny-templates", "persona", "facts")
 class Args:
     model: str = "runs/tiny/sft"
     """Folder or Hub id of a model and its tokenizer."""
-    task: Literal["bpb", "tiny", "tiny-templates", "gsm8k", "persona", "facts", "all"] = "all"
+    task: str = "all"
     """bpb: bits per byte of validation text; tiny, tiny-templates: held-out problems, and those of held-out templates;
-    gsm8k: its test split; persona: held-out identity questions; facts: held-out wordings. all: all but gsm8k."""
+    gsm8k: its test split; persona: held-out identity questions; facts: held-out wordings. all: all but gsm8k.
+    file.py:name: the "test" split of a task of your own (docs/tasks.md)."""
     out: Path = Path("eval.json")
     """Summaries go to this file, the records that they are computed from to the .jsonl beside it."""
     data: Path = Path("data/tiny")
@@ -34,6 +35,8 @@ class Args:
     """Default: 0 (greedy) for one sample, 1 for more."""
     max_new_tokens: int = 96
     """A longer answer is cut off and counts as wrong."""
+    calculator: bool = True
+    """Whether the calculator answers when it is called; without, an answer ends at its first call."""
     limit: int | None = None
     """Only the first so many problems, facts, or validation batches."""
     batch_size: int = 16
@@ -48,6 +51,8 @@ class Args:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
+        if self.task not in (*TASKS, "gsm8k", "all") and ":" not in self.task:
+            raise ValueError(f"--task {self.task}: must be {', '.join(TASKS)}, gsm8k, all, or file.py:name")
 
 
 def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
@@ -58,6 +63,7 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
     from edu.persona import load_identity_eval, load_persona
     from edu.runtime import autodetect_device_type
     from edu.shards import list_shards
+    from edu.tasks import load
     from edu.tasks.gsm8k import GSM8K
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
@@ -81,15 +87,16 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
         elif name == "facts":
             found[name] = evaluate_facts(engine, tokenizer, args.data / "chats_test.jsonl", limit=args.limit)
         else:
-            found[name] = evaluate_task(
+            found[name.rpartition(":")[2]] = evaluate_task(
                 engine,
                 tokenizer,
-                GSM8K(*problems[name]),
+                GSM8K(*problems[name]) if name in problems else load(name)("test"),
                 num_samples=args.num_samples,
                 temperature=temperature,
                 max_new_tokens=args.max_new_tokens,
                 seed=args.seed,
                 limit=args.limit,
+                calculator=args.calculator,
             )
     return found
 
@@ -102,16 +109,17 @@ def main() -> None:
     earlier = read_records(args.against) if args.against else {}
     found = measure(args, TASKS if args.task == "all" else (args.task,))
     about = {"model": args.model, "settings": {k: v if isinstance(v, int) else str(v) for k, v in asdict(args).items()}}
-    save(args.out, about, found)
+    compared = {
+        name: asdict(compare_records(earlier[name], found[name].records))
+        for name in earlier.keys() & found.keys()
+        if "samples" in found[name].records[0]
+    }
+    save(args.out, about | ({"compared": compared} if args.against else {}), found)
     for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
         if "by_template" not in path:  # a long table: it is in the file
             print(" / ".join(path), "=", number)
-    for name in earlier.keys() & found.keys():
-        if "samples" in found[name].records[0]:
-            print(
-                f"{name}, against {args.against}:",
-                json.dumps(asdict(compare_records(earlier[name], found[name].records))),
-            )
+    for name, comparison in compared.items():
+        print(f"{name}, against {args.against}:", json.dumps(comparison))
 
 
 if __name__ == "__main__":

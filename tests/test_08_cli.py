@@ -45,6 +45,8 @@ def run(*command: str) -> tuple[int, str]:
         ),
         (["scripts/pretrain.py", "--depth", "4", "--tokenizer", "nowhere"], "error: --tokenizer nowhere: no tokenizer"),
         (["scripts/rl.py", "--samples", "1"], "error: --samples 1: a group needs two or more"),
+        (["scripts/rl.py", "--clip-low", "0.1"], "error: --clip-low: nothing is clipped in one update"),
+        (["scripts/eval_model.py", "--task", "poems"], "error: --task poems: must be bpb, tiny"),
         (["scripts/sft.py", "--unknown-flag", "3"], "--unknown-flag"),
         (["scripts/download_shards.py", "--source", "nothing here"], "error:"),
         (["scripts/train_tokenizer.py", "--data", "nowhere"], "error: nowhere"),

@@ -118,6 +118,47 @@ def test_a_run_that_dies_continues_bit_for_bit(
         assert torch.equal(weights_of(config.out)[key], weight), key
 
 
+SAY = """
+class Say:
+    def __init__(self, split): self.offset = 20 * (split == "test")
+    def __len__(self): return 20
+    def get_example(self, i): return {"messages": [{"role": "user", "content": f"{i + self.offset}"}], "answer": str(i)}
+    def reward(self, example, completion): return float(completion == example["answer"])
+"""
+
+
+def test_rl_with_every_option_continues_bit_for_bit(
+    finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"epochs": 2, "kl": 0.05, "dynamic_sampling": True, "max_steps": 3, "save_every": 1}
+    (tmp_path / "say.py").write_text(SAY)
+    chosen = {"advantage": "leave_one_out", "normalization": "sequence", "task": f"{tmp_path}/say.py:Say"}
+    config = replace(finished["rl"], out=tmp_path / "whole", **options, **chosen)
+    rl.train(config)
+    assert {"greedy", "sampled"} <= json.loads((config.out / "eval.json").read_text())["Say"].keys()
+    rows = [row for row in steps_of(config.out) if "reward" in row]
+    assert all(row["kl"] > 0 and row["clip_ratio/region_mean"] > 0 for row in rows)  # from each step's second update
+    real, calls = loop.train_step, []
+
+    def dies(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # the second update of the second step
+            raise Crash
+        return real(*args)
+
+    again = replace(config, out=tmp_path / "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", dies)
+        with pytest.raises(Crash):
+            rl.train(again)
+    gc.collect()
+    rl.train(again)
+    assert steps_of(again.out) == steps_of(config.out)
+    assert read_metrics(again.out / "samples.jsonl") == read_metrics(config.out / "samples.jsonl")
+    for key, weight in weights_of(config.out).items():
+        assert torch.equal(weights_of(again.out)[key], weight), key
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(
     stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,3 +431,6 @@ def test_two_processes_train_what_one_trains_from_the_start_or_from_the_middle(
             assert "resuming after step 3" in done.stdout
             losses = [[row["loss"] for row in found] for found in rows]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        if name == "rl":  # the same rollouts, of which each process samples its own
+            for figure in ("entropy", "completions/mean_length", "step_tokens"):
+                assert rows[0][0][figure] == pytest.approx(rows[1][0][figure], rel=1e-4), figure

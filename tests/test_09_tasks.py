@@ -1,6 +1,7 @@
 """Challenge 9: problems with a checkable answer, and a reward that compares values and cannot be talked into anything."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from edu.calculator import calculate
 from edu.chat import parse_completion, render, stream_text
-from edu.tasks import as_trl_reward, completion_text, from_trl_reward, read_rows, score
+from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, read_rows, score
 from edu.tasks.choice import Choice
 from edu.tasks.gsm8k import GSM8K, conversation, extract_answer, flatten, normalise
 from edu.tasks.mixture import Mixture
@@ -300,8 +301,80 @@ def test_the_adapters_undo_each_other(task: GSM8K) -> None:
         lambda prompts, completions, **_: [float(len(prompts[0]) + len(completions[0]))], conversational=False
     )
     assert plain(example, "#### 72") == len(ROW["question"]) + 7
-    with pytest.raises(ValueError, match="gave None"):
-        from_trl_reward(lambda **_: [None])(example, "x")
+    for bad in (None, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"gave {bad}"):
+            from_trl_reward(lambda bad=bad, **_: [bad])(example, "x")
+
+
+def test_what_trl_hands_to_rewards_for_its_own_trainer_is_there(task: GSM8K) -> None:
+    def logs(completions: list, trainer_state: Any, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("seen", completions)
+        log_metric("count", 1.0)
+        return [0.5 if trainer_state is None else 0.0]
+
+    assert Rewarded(task, logs).reward(task.get_example(0), "x") == 0.5
+
+
+# What the user wrote
+
+
+@pytest.fixture
+def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that docs/tasks.md shows, in the folder one works in."""
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL):
+        (tmp_path / name).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_task_of_the_page_works_and_takes_40_lines(page: Path) -> None:
+    lines = (page / "json_facts.py").read_text().splitlines()
+    assert len([line for line in lines if line]) <= 40
+    train, test = (load("json_facts.py:JsonFacts")(split) for split in ("train", "test"))
+    asked = [[task.get_example(i)["messages"][0]["content"] for i in range(len(task))] for task in (train, test)]
+    assert not set(asked[0]) & set(asked[1])
+    example = train.get_example(0)
+    fact = json.loads(example["answer"])
+    spaced = json.dumps(dict(reversed(fact.items())), indent=2)
+    assert [train.reward(example, text) for text in (example["answer"], spaced)] == [1.0, 1.0]
+    for wrong in ("", "{", "Tom", example["answer"] * 2, json.dumps(fact | {"count": str(fact["count"])}), "[]", "NaN"):
+        assert train.reward(example, wrong) == 0.0
+
+
+def test_the_mixture_of_the_page_grades_each_example_by_its_own_task(page: Path) -> None:
+    row = {"question": "Which is a colour?", "choices": ["dog", "red"], "answer": "B"}
+    (page / "questions_test.jsonl").write_text(json.dumps(row))
+    mixture = load("choices.py:both")("test")
+    examples = [mixture.get_example(i) for i in range(len(mixture))]
+    assert [example["source"] for example in examples].count("choice") == 2
+    assert {mixture.reward(example, example["answer"]) for example in examples} == {1.0}
+
+
+def test_the_reward_of_the_page_replaces_the_tasks(page: Path, task: GSM8K) -> None:
+    rewarded = Rewarded(task, load(f"{page}/short_reward.py:short_and_right"))
+    assert (len(rewarded), rewarded.get_example(1)) == (2, task.get_example(1))
+    short, long, wrong = (
+        rewarded.reward(rewarded.get_example(0), text) for text in ("#### 72", "So it is:\n#### 72", "#### 7")
+    )
+    assert 1.5 > short > long > 1 > wrong == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere.py:Task", "nowhere.py:Task: no such file as nowhere.py"),
+        ("json_facts.py:Nothing", "json_facts.py:Nothing: no function or class of that name"),
+        ("json_facts.py:WHO", "json_facts.py:WHO: no function or class of that name"),
+        ("json_facts.py", "json_facts.py: No module named"),
+        ("no_such_package:f", "no_such_package:f: No module named 'no_such_package'; expected file.py:name"),
+        ("json:nothing", "json:nothing: module 'json' has no attribute"),
+    ],
+)
+@pytest.mark.usefixtures("page")
+def test_a_wrong_place_says_what_is_wrong_with_it(place: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(place)
 
 
 # Other tasks

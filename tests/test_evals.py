@@ -220,6 +220,13 @@ def test_a_template_of_several_parts_counts_for_each(engine: Any, tokenizer: Tok
     assert counts == {"gain2": (1.0, 1), "shares1": (0.0, 2), "start1": (0.5, 2)}
 
 
+def test_without_the_calculator_no_tool_answers(engine: Any, tokenizer: Tokenizer, task: GSM8K) -> None:
+    for calculator in (True, False):
+        evaluate_task(engine, tokenizer, task, calculator=calculator, quiet=True)
+    assert [call["tool"] is None for call in engine.calls] == [False, True]
+    assert [tokenizer.python_end in call["stop_tokens"] for call in engine.calls] == [False, True]
+
+
 def test_greedy_answers_are_not_sampled_many_times(engine: Any, tokenizer: Tokenizer, task: GSM8K) -> None:
     with pytest.raises(ValueError, match="greedy answers are all the same"):
         evaluate_task(engine, tokenizer, task, num_samples=2, temperature=0.0, quiet=True)

@@ -40,7 +40,8 @@ def train(micro_batch_size: int, steps: int = 20) -> tuple[dict[str, torch.Tenso
         terms = []
         for rows, scale in ((rows_of(step), 1.0), (rows_of(1000 + step)[:3], 0.1)):
             batches = [collate(part or [[]], T) for part in split_rows(rows, micro_batch_size, accelerator)]
-            terms.append(Term(batches, scale))
+            # The second term counts its rows instead of its targets.
+            terms.append(Term(batches, scale, count=sum(map(len, split_rows(rows, 1, accelerator))) if terms else None))
         result = train_step(accelerator, wrapped, optimizer, terms)
         curve.append([*result.losses, result.grad_norm, result.tokens])
     return {name: p.detach() for name, p in accelerator.unwrap_model(wrapped).named_parameters()}, curve

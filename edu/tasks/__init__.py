@@ -7,6 +7,9 @@ rollouts and evaluation both call it, so training is graded exactly as it is mea
 """
 
 import json
+import math
+import pkgutil
+import runpy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,45 @@ class Subset:
 
     def reward(self, example: Example, completion: str) -> float:
         return self.task.reward(example, completion)
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A task's examples under another reward, one in TRL's signature."""
+
+    task: Task
+    trl_reward: TRLReward
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def get_example(self, index: int) -> Example:
+        return self.task.get_example(index)
+
+    def reward(self, example: Example, completion: str) -> float:
+        return from_trl_reward(self.trl_reward)(example, completion)
+
+
+def load(place: str) -> Callable[..., Any]:
+    """What the user wrote: a function or class by `file.py:name` or `package.module:name`. The file is run, as Python runs it.
+
+    >>> load("fractions:Fraction")(1, 2)
+    Fraction(1, 2)
+    """
+    path, _, name = place.rpartition(":")
+    expected = "expected file.py:name or package.module:name"
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise ValueError(f"{place}: no such file as {path}")
+        found = runpy.run_path(path).get(name)
+    else:
+        try:
+            found = pkgutil.resolve_name(place)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"{place}: {error}; {expected}") from error
+    if not callable(found):
+        raise ValueError(f"{place}: no function or class of that name; {expected}")
+    return found
 
 
 class Completed(Protocol):
@@ -105,7 +147,8 @@ def as_trl_reward(task_reward: TaskReward) -> TRLReward:
 def from_trl_reward(trl_reward: TRLReward, *, conversational: bool = True) -> TaskReward:
     """Take a reward function written for TRL. It sees messages, as TRL passes them for a conversational data set, or else plain text.
 
-    `completion_ids` holds the sampled ids where `score` knows them, else None; a reward of None (TRL: "does not apply") is a ValueError.
+    `completion_ids` holds the sampled ids where `score` knows them, else None. TRL's arguments for its own trainer are there and do
+    nothing. A reward of None (TRL: "does not apply") or one that is not finite is a ValueError.
 
     >>> reward = from_trl_reward(lambda completions, answer, **rest: [float(c[0]["content"] == a) for c, a in zip(completions, answer)])
     >>> reward({"messages": [{"role": "user", "content": "1+1"}], "answer": "2"}, "2")
@@ -117,12 +160,17 @@ def from_trl_reward(trl_reward: TRLReward, *, conversational: bool = True) -> Ta
         prompt = example["messages"] if conversational else example["messages"][-1]["content"]
         message = [{"role": "assistant", "content": completion}] if conversational else completion
         ids = [example.get("completion_ids")]
+        columns |= {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
         (value,) = trl_reward(prompts=[prompt], completions=[message], completion_ids=ids, **columns)
-        if value is None:
-            raise ValueError(f"the reward function gave None for {completion[:80]!r}: every sample needs a number")
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"the reward function gave {value} for {completion[:80]!r}: every sample needs a number")
         return float(value)
 
     return reward
+
+
+def _ignore(*_: object) -> None:
+    """Stands for TRL's logging."""
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

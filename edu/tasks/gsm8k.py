@@ -49,6 +49,20 @@ def extract_answer(text: str) -> str | None:
     return normalise(_MARKER.split(text)[-1].partition("\n")[0])
 
 
+def solves(completion: str, answer: str) -> bool:
+    """Whether the last "#### N" of a completion has the value of the answer.
+
+    Only the last one counts, so a list of guesses earns no more than a guess; more than two answers are a list, and solve nothing.
+
+    >>> solves("#### $10.00", "10"), solves("#### 9\\n#### 10\\n#### 11\\n#### 10", "10")
+    (True, False)
+    """
+    truth = normalise(answer)
+    if truth is None:
+        raise ValueError(f"the ground truth {answer!r} is not a number")
+    return len(_MARKER.findall(completion)) <= MAX_ANSWERS and extract_answer(completion) == truth
+
+
 def conversation(question: str, answer: str) -> list[dict[str, Any]]:
     """A solved problem as messages: each `<<48/2=24>>` becomes a tool call and its output, all other text stays as it is.
 
@@ -110,16 +124,8 @@ class GSM8K:
         return self.examples[index]
 
     def reward(self, example: Example, completion: str) -> float:
-        """1.0 if the last "#### N" of the completion has the value of the answer, else 0.0.
-
-        Only the last answer counts, so a list of guesses earns no more than a guess; more than two answers are a list, and earn 0.0.
-        """
-        if len(_MARKER.findall(completion)) > MAX_ANSWERS:
-            return 0.0
-        truth = normalise(example["answer"])
-        if truth is None:
-            raise ValueError(f"the ground truth {example['answer']!r} is not a number")
-        return float(extract_answer(completion) == truth)
+        """1.0 if the completion solves the problem, else 0.0."""
+        return float(solves(completion, example["answer"]))
 
 
 def _example(row: dict[str, Any], place: str) -> Example:
