@@ -186,14 +186,14 @@ class StreamPacker:
         self.buffer = BestFit[memoryview](limit=sequence_length + 1 if carry else inf)
         self.tokens = 0  # waiting in the buffer, BOS included
         self.dropped = 0  # thrown away so far
-        self._bos = memoryview(np.array([bos], np.int32))
-        self._ramp = memoryview(np.arange(sequence_length + 1, dtype=np.int32))
-        self._unfilled = memoryview(np.full(sequence_length + 1, IGNORE, np.int32))
+        self._bos = np.array([bos], np.int32).data
+        self._ramp = np.arange(sequence_length + 1, dtype=np.int32).data
+        self._unfilled = np.full(sequence_length + 1, IGNORE, np.int32).data
 
     def add(self, place: Key, ids: np.ndarray) -> None:
         """Put in a document. place: where it comes from, unique; its last number is the first token's offset there."""
         assert len(ids), f"an empty document at {place}"
-        self._put((1 + len(ids), *place), memoryview(np.asarray(ids, np.uint32).view(np.int32)))
+        self._put((1 + len(ids), *place), np.asarray(ids, np.uint32).view(np.int32).data)
 
     def _put(self, key: Key, ids: memoryview) -> None:
         self.buffer.add(key, ids)
