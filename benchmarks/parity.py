@@ -77,8 +77,8 @@ def compare(folder: Path, rows: int) -> None:
     by_stock = generate(stock)
     engine = Engine(ours).generate(prompts.tolist(), max_new_tokens=new, temperature=0, stop_tokens=stops)
     found = {
-        "generate, DynamicCache": generate(ours, past_key_values=DynamicCache(config=ours.config)),
-        "generate, our KVCache": generate(ours, past_key_values=KVCache(rows, context, ours)),
+        "generate, DynamicCache": generate(ours, cache=DynamicCache(config=ours.config)),
+        "generate, our KVCache": generate(ours, cache=KVCache(rows, context, ours)),
         "Engine": [sample.tokens for (sample,) in engine],
     }
     for name, run in cases.items():

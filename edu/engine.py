@@ -63,7 +63,7 @@ class Engine:
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
         last = torch.empty(len(prompts), self.config.hidden_size, dtype=cache.memory.dtype, device=self.device)
         for start in range(0, width, chunk):
-            hidden = self.model.model(ids[:, start : start + chunk], past_key_values=cache).last_hidden_state
+            hidden = self.model.model(ids[:, start : start + chunk], cache=cache).last_hidden_state
             ends = ((start < lengths) & (lengths <= start + chunk)).nonzero().squeeze(1)
             last[ends] = hidden[ends, lengths[ends] - 1 - start]
         return softcap(at_least_fp32(self.model.lm_head(last)), self.config.final_logit_softcapping)

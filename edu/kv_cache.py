@@ -16,7 +16,7 @@ from edu.model import GPT
 class KVCache(Cache):
     """Keys and values of B rows, pre-allocated: logically (B, n_layer, 2, K, S, D), layer first in memory.
 
-    The Engine writes each row at positions of its own (`insert_kv`). `generate(past_key_values=KVCache(rows, length, model))`
+    The Engine writes each row at positions of its own (`insert_kv`). `generate(cache=KVCache(rows, length, model))`
     fills all rows to one length, left-padded as its inputs are; `rows` then counts beams and returned sequences too.
     """
 

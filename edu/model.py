@@ -20,6 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -95,7 +96,7 @@ class CausalSelfAttention(nn.Module):
         x: Float[Tensor, "B T C"],
         cos_sin: tuple[Tensor, Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T C"], Tensor | None]:
         B, T, _ = x.shape
@@ -103,8 +104,8 @@ class CausalSelfAttention(nn.Module):
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, K, S, D)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -148,7 +149,6 @@ class GPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": CausalSelfAttention}
@@ -182,12 +182,13 @@ class GPTModel(GPTPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "B T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T C"] | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -195,24 +196,24 @@ class GPTModel(GPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
         cos_sin = rotary_angles(position_ids, self.config)
-        kwargs |= {"attention_mask": mask, "past_key_values": past_key_values, "position_ids": position_ids}
+        kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
         x = rms_norm(x, self.config.rms_norm_eps)
         for layer in self.layers:
             x = layer(x, cos_sin, **kwargs)
-        return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), past_key_values)
+        return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
 
 
 class GPT(GPTPreTrainedModel, GenerationMixin):
@@ -228,12 +229,13 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Any = None,
         position_ids: Int[Tensor, "B T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T C"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
@@ -256,7 +258,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -266,4 +268,4 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        return CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)

@@ -44,22 +44,22 @@ def test_every_way_to_generate_gives_the_same_greedy_tokens(model: GPT, inputs: 
     assert new_tokens(stock, inputs) == expected
     assert new_tokens(model, inputs) == expected
     assert new_tokens(model, inputs, use_cache=False) == expected
-    assert new_tokens(model, inputs, past_key_values=DynamicCache(config=model.config)) == expected
-    assert new_tokens(model, inputs, past_key_values=StaticCache(config=model.config, max_cache_len=length)) == expected
+    assert new_tokens(model, inputs, cache=DynamicCache(config=model.config)) == expected
+    assert new_tokens(model, inputs, cache=StaticCache(config=model.config, max_cache_len=length)) == expected
     assert new_tokens(model, inputs, cache_implementation="static", disable_compile=True) == expected
     cache = KVCache(3, length, model)
-    assert new_tokens(model, inputs, past_key_values=cache) == expected
-    assert new_tokens(stock, inputs, past_key_values=KVCache(3, length, model)) == expected
+    assert new_tokens(model, inputs, cache=cache) == expected
+    assert new_tokens(stock, inputs, cache=KVCache(3, length, model)) == expected
     assert cache.get_seq_length() == length - 1, "the last token's keys are not needed"
     cache.reset()
-    assert new_tokens(model, inputs, past_key_values=cache) == expected
+    assert new_tokens(model, inputs, cache=cache) == expected
 
 
 def test_beams_fork_our_cache_as_they_fork_transformers_own(model: GPT, inputs: dict[str, torch.Tensor]) -> None:
     expected = new_tokens(model, inputs, num_beams=3, num_return_sequences=2)
     assert expected != [tokens for tokens in new_tokens(model, inputs) for _ in range(2)]
     cache = KVCache(9, inputs["input_ids"].shape[1] + NEW, model)
-    assert new_tokens(model, inputs, num_beams=3, num_return_sequences=2, past_key_values=cache) == expected
+    assert new_tokens(model, inputs, num_beams=3, num_return_sequences=2, cache=cache) == expected
 
 
 @pytest.mark.parametrize("draft", ["itself", "another"])
@@ -69,15 +69,15 @@ def test_assisted_decoding_rolls_our_cache_back(model: GPT, inputs: dict[str, to
     expected = new_tokens(model, one)
     assert new_tokens(model, one, assistant_model=assistant) == expected
     cache = KVCache(1, one["input_ids"].shape[1] + NEW, model)
-    assert new_tokens(model, one, assistant_model=assistant, past_key_values=cache) == expected
+    assert new_tokens(model, one, assistant_model=assistant, cache=cache) == expected
     assert new_tokens(model, one, prompt_lookup_num_tokens=3) == expected
 
 
 def test_a_cache_that_is_too_small_says_so(model: GPT, inputs: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="holds 2 rows of 64 tokens, not 3 of 9"):
-        new_tokens(model, inputs, past_key_values=KVCache(2, 64, model))
+        new_tokens(model, inputs, cache=KVCache(2, 64, model))
     with pytest.raises(ValueError, match="holds 3 rows of 12 tokens, not 3 of 13"):
-        new_tokens(model, inputs, past_key_values=KVCache(3, 12, model))
+        new_tokens(model, inputs, cache=KVCache(3, 12, model))
 
 
 @pytest.mark.parametrize("keep", [1, 4, torch.tensor([0, 5])], ids=["last", "last four", "chosen"])
@@ -89,5 +89,5 @@ def test_only_the_logits_that_are_asked_for_are_computed(model: GPT, keep: int |
 
 def test_our_cache_takes_a_prompt_in_pieces(model: GPT) -> None:
     cache, ids = KVCache(1, 16, model), torch.tensor([PROMPTS[1]])
-    pieces = [model(ids[:, part], past_key_values=cache).logits for part in (slice(0, 4), slice(4, 5), slice(5, 9))]
+    pieces = [model(ids[:, part], cache=cache).logits for part in (slice(0, 4), slice(4, 5), slice(5, 9))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
