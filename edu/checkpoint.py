@@ -23,11 +23,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from edu.config import StageConfig, as_settings, check_resumable, push_advice
+from edu.config import StageConfig, as_settings
+from edu.durable import sync, write_text
 from edu.hub import Card, check_token, model_folder, push, write_card
 from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
 from edu.model import GPT
 from edu.optim import MuonAdamW
+from edu.resume import check_resumable, push_advice
 from edu.runtime import describe
 from edu.tokenizer import Tokenizer
 
@@ -99,7 +101,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
             check_resumable(config)
-            _write(self.folder / "config.yaml", yaml.safe_dump(as_settings(config), sort_keys=False))
+            write_text(self.folder / "config.yaml", yaml.safe_dump(as_settings(config), sort_keys=False))
             self.metrics = MetricsLog(self.folder / "metrics.jsonl")
             self.samples = MetricsLog(self.folder / "samples.jsonl")
         accelerator.wait_for_everyone()
@@ -186,7 +188,7 @@ class Run:
                 self.tokenizer.save(temporary, model_max_length=unwrapped.config.max_position_embeddings)
                 self._card(temporary, step, {})
                 torch.save(inner, temporary / "state" / "optimizer.pt")
-                _write(temporary / "state" / "trainer.json", json.dumps(state, default=str))
+                write_text(temporary / "state" / "trainer.json", json.dumps(state, default=str))
                 _seal(temporary, target)
             except (SafetensorError, RuntimeError, OSError) as error:  # what libraries raise where the disk is full
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +215,7 @@ class Run:
         """
         if self.accelerator.is_main_process:
             self._card(self.folder, self.config.max_steps, results)
-            _write(self.folder / "eval.json", json.dumps({"stage": self.stage, **results}, indent=1))
+            write_text(self.folder / "eval.json", json.dumps({"stage": self.stage, **results}, indent=1))
         self.accelerator.wait_for_everyone()
         self.close()
         self.accelerator.end_training()
@@ -245,29 +247,15 @@ def _lock(folder: Path) -> Any:
     return handle
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def _seal(temporary: Path, target: Path) -> None:
     """List the files' sizes, flush everything to disk, and give the folder its name."""
     files = [path for path in temporary.rglob("*") if path.is_file()]
     sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
     (temporary / "state" / "files.json").write_text(json.dumps(sizes))
     for path in (*files, temporary / "state" / "files.json", temporary / "state", temporary):
-        _fsync(path)
+        sync(path)
     temporary.rename(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)
 
 
 def _hugging_face_files(folder: Path) -> list[str]:

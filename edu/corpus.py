@@ -15,6 +15,7 @@ from zlib import crc32
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from edu.durable import publish
 from edu.grammar import DATA
 from edu.problems import held_out, problem_files
 from edu.world import chats, draw_documents, held_out_chats
@@ -100,7 +101,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> int:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        temporary.replace(path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path.stat().st_size

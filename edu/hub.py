@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from edu.durable import write_text
 from edu.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS, is_detail, measures
 
 EVAL_RESULTS = ".eval_results/gsm8k.yaml"
@@ -113,7 +114,7 @@ def write_card(folder: Path, card: Card) -> None:
         ),
         f"## Limits\n\n{_LIMITS}",
     ]
-    _replace(folder / "README.md", str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")))
+    write_text(folder / "README.md", str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")))
     _write_eval_results(folder / EVAL_RESULTS, card)
 
 
@@ -184,14 +185,7 @@ def _write_eval_results(path: Path, card: Card) -> None:
     value, today = round(100 * found.value, 2), date.today().isoformat()
     entry = EvalResultEntry(dataset_id="openai/gsm8k", task_id="gsm8k", value=value, date=today, notes=notes)
     path.parent.mkdir(exist_ok=True)
-    _replace(path, safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all; a hard link of the old one elsewhere keeps the old text."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import clear_device_cache
 
 from edu import metrics
-from edu.checkpoint import Run
+from edu.checkpoint import Run, generating
 from edu.config import StageConfig
 from edu.metrics import progress
 from edu.model import GPT
 from edu.optim import lr_factor, make_optimizer
+from edu.report import environment
 from edu.runtime import peak_flops, stop_signals
 from edu.step import StepResult, Term, fits, train_step
 
@@ -80,6 +81,7 @@ class Training:
         except BaseException:
             self.run.close()
             raise
+        self._unwrap()
         if not finished:
             self.run.close()
             self.accelerator.end_training()
@@ -138,6 +140,24 @@ class Training:
                 bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
                 if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
                     self._save(position)
+
+    def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
+        """Measure the finished model on the main process, and write down what it found."""
+        results: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            with generating(self.accelerator, self.model) as model:
+                figures = measure(model)
+            results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
+        self.run.finish(results)
+        return Result(self.step, True, results)
+
+    def _unwrap(self) -> None:
+        """Let go of DDP while its process group stands.
+
+        A reducer that outlives the group destroys it, and waits with the GIL for gloo's thread, which may wait for the GIL.
+        """
+        self.model = self.accelerator.unwrap_model(self.model)
+        self.accelerator.free_memory()
 
     def _update(self, terms: Sequence[Term]) -> StepResult:
         """One step. Where memory runs out, the same in smaller micro-batches, and all later steps too.

@@ -9,15 +9,16 @@ and what it measured at its end to `eval.json`, a tree of numbers in which an in
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from edu.durable import write_text
 
 STEP = "step"
 LOSS = "loss"
@@ -116,7 +117,7 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            self._rewrite(read_metrics(path))  # else the next row would be glued to a torn one
+            self._write(read_metrics(path))  # else the next row would be glued to a torn one
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
@@ -132,16 +133,11 @@ class MetricsLog:
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Keep the rows for which `wanted` is true. All or nothing: a kill leaves the old file or the new."""
         self._file.close()
-        self._rewrite([row for row in read_metrics(self.path) if wanted(row)])
+        self._write([row for row in read_metrics(self.path) if wanted(row)])
         self._file = self.path.open("a", encoding="utf-8")
 
-    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+    def _write(self, rows: Iterable[dict[str, Any]]) -> None:
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def close(self) -> None:
         self._file.close()

@@ -1,6 +1,6 @@
 """Pretraining: predict the next token of every document. From shards and a tokenizer to a base model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from edu.loop import Result, StepData, Training
 from edu.measure import show_continuations
 from edu.metrics import BPB, duration
 from edu.model import GPT, GPTConfig
-from edu.report import environment
+from edu.packing import Batch
 from edu.runtime import compute_init, peak_memory
 from edu.shards import list_shards, read_manifest
 from edu.step import Term
@@ -104,46 +104,34 @@ def train(config: PretrainConfig) -> Result:
         taken = list(islice(stream, passes))
         return StepData([[Term([batch for batch, _ in taken])]], taken[-1][1].to_dict())
 
-    def validate(steps: int) -> float:
-        rows = validation_batches(
-            held_out, tokenizer, micro, config.sequence_length, steps * config.batch_size // micro
-        )
-        with generating(accelerator, training.model) as model:
-            return bits_per_byte(model, rows, tokenizer.token_bytes())
+    def validation(times: int) -> Iterator[Batch]:
+        """So many times the held-out rows of an evaluation."""
+        count = times * config.eval_batches * config.batch_size // micro
+        return validation_batches(held_out, tokenizer, micro, config.sequence_length, count)
 
     def evaluate(step: int) -> Mapping[str, float]:
         if not accelerator.is_main_process:
             return {}
         with generating(accelerator, training.model) as model:
             run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
-        return {BPB: validate(config.eval_batches)}
+            return {BPB: bits_per_byte(model, validation(1), tokenizer.token_bytes())}
 
     if not training.fit(next_data, evaluate, "pretraining"):
         return Result(training.step, finished=False)
-    results: dict[str, Any] = {}
-    final = 20 * config.eval_batches
-    if accelerator.is_main_process:
-        tokens = min(tokens, NGRAM_TOKENS)
-        count = tokens // (micro * config.sequence_length)
-        seen = islice(
-            stream_batches(shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard), count
-        )
-        rows = validation_batches(
-            held_out, tokenizer, micro, config.sequence_length, final * config.batch_size // micro
-        )
-        ngrams = ngram_bits_per_byte((batch for batch, _ in seen), rows, tokenizer.token_bytes(), tokenizer.vocab_size)
-        results = {
-            "step": training.step,
-            "ngram_tokens": tokens,
-            "seconds": run.seconds(),
-            "environment": environment(),
-        }
-        results |= {"bpb": {"model": validate(final), **ngrams}}
+
+    def measure(model: GPT) -> dict[str, Any]:
+        """Bits per byte on more held-out rows, beside unigrams and bigrams of the same tokens; what it all cost."""
+        counted = min(tokens, NGRAM_TOKENS)
+        stream = stream_batches(shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard)
+        seen = (batch for batch, _ in islice(stream, counted // (micro * config.sequence_length)))
+        ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)
+        bpb = {"model": bits_per_byte(model, validation(20), tokenizer.token_bytes()), **ngrams}
         took = {"seconds": run.seconds(), "memory_gib": (peak_memory(accelerator.device.type) - memory) / 2**30}
-        results["cost"] = {name: {"expected": expected[name], "measured": value} for name, value in took.items()}
         accelerator.print(
             f"took {duration(took['seconds'])} ({duration(expected['seconds'])} expected), "
             f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g})"
         )
-    run.finish(results)
-    return Result(training.step, True, results)
+        cost = {name: {"expected": expected[name], "measured": value} for name, value in took.items()}
+        return {"ngram_tokens": counted, "bpb": bpb, "cost": cost}
+
+    return training.finish(measure)

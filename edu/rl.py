@@ -6,7 +6,6 @@ normalised by all sampled tokens of the step. Each choice of the literature is o
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -22,7 +21,6 @@ from edu.measure import measure_chat, read_measures, read_task, show_answers
 from edu.model import GPT
 from edu.objective import normaliser, surrogate, token_share
 from edu.packing import pack_rows
-from edu.report import environment
 from edu.rollouts import Rollout, draw, fitting, roll_out, seed_of, show_group, shuffled, summarise, token_logprobs
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
@@ -82,13 +80,7 @@ def train(config: RLConfig) -> Result:
 
     if not training.fit(steps.next_data, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
-    results: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        with generating(accelerator, training.model) as model:
-            figures = measure_chat(Engine(model), tokenizer, config, measures)
-        results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
-    run.finish(results)
-    return Result(training.step, True, results)
+    return training.finish(lambda model: measure_chat(Engine(model), tokenizer, config, measures))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: learn to answer. From a base model and conversations to a chat model."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from edu.checkpoint import Run, generating, load_model, load_tokenizer
 from edu.config import SFTConfig
@@ -10,7 +9,6 @@ from edu.loop import Result, StepData, Training, split_rows
 from edu.measure import mean_loss, measure_chat, read_measures, show_answers
 from edu.metrics import VAL_LOSS
 from edu.packing import pack_rows
-from edu.report import environment
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
 from edu.step import Term
@@ -52,10 +50,4 @@ def train(config: SFTConfig) -> Result:
 
     if not training.fit(next_data, evaluate, "fine-tuning"):
         return Result(training.step, finished=False)
-    results: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        with generating(accelerator, training.model) as model:
-            figures = measure_chat(Engine(model), tokenizer, config, measures)
-        results = {"step": training.step, "seconds": run.seconds(), "environment": environment(), **figures}
-    run.finish(results)
-    return Result(training.step, True, results)
+    return training.finish(lambda model: measure_chat(Engine(model), tokenizer, config, measures))

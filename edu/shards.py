@@ -5,7 +5,6 @@ A shard gets its final name once its size, checksum and parquet footer are right
 """
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_url
 
-from edu.transfer import Again, Retry, TransferError, fetch, fsync_folder, locked, public, sha256_of
+from edu.durable import write_text
+from edu.transfer import Again, Retry, TransferError, fetch, locked, public, sha256_of
 
 Progress = Callable[[int, int, int | None], None]  # (shard index, bytes here, bytes in all or None)
 SHARD_NAME = "shard_{index:05d}.parquet"
@@ -268,13 +268,8 @@ def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, che
         raise TransferError(f"{error}; delete the file and rerun") from error
     entry: Entry = {"size": size, "sha256": sha256_of(path), "url": url, "source": origin}
     with locked(folder / ".manifest.lock"):
-        new = folder / ".manifest.json.new"
-        with new.open("w") as file:
-            json.dump(dict(sorted({**read_manifest(folder), name: entry}.items())), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(folder / "manifest.json")
-        fsync_folder(folder)
+        entries = dict(sorted({**read_manifest(folder), name: entry}.items()))
+        write_text(folder / "manifest.json", json.dumps(entries, indent=1))
 
 
 def verify_folder(data_dir: Path | str) -> list[str]:

@@ -14,7 +14,6 @@ Face's words, and a test holds the two equal. Text never becomes a special token
 
 import functools
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any, Self
 
 import numpy as np
 import tiktoken
+
+from edu.durable import write_text
 
 SPECIAL_TOKENS = (
     "<|bos|>",
@@ -143,9 +144,9 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = tokenizer_config(self, model_max_length or self.model_max_length)
-        _write(folder / "chat_template.jinja", _shipped("chat_template.jinja"))
-        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-        _write(folder / "tokenizer.json", hugging_face_json(self))
+        write_text(folder / "chat_template.jinja", _shipped("chat_template.jinja"))
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / "tokenizer.json", hugging_face_json(self))
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -284,13 +285,3 @@ def _read_spec(spec: Mapping[str, Any]) -> tuple[dict[bytes, int], str, dict[str
 def _shipped(name: str) -> str:
     """A file that stands beside this module."""
     return Path(__file__).with_name(name).read_text("utf-8")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole file or none: a temporary name beside it, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

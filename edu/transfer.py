@@ -28,6 +28,8 @@ from huggingface_hub import get_hf_file_metadata
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers
 
+from edu.durable import publish
+
 Report = Callable[[int, int | None], None]  # (bytes here, bytes in all or None), called after each piece
 
 
@@ -88,8 +90,7 @@ def fetch(
             if path.exists():  # another process was faster
                 return False
             transfer.run(part, pause)
-            part.replace(path)
-            fsync_folder(path.parent)
+            publish(part, path)
             return True
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -210,7 +211,6 @@ class _Transfer:
         except TransferError:
             self.restart()
             raise
-        os.fsync(self.file.fileno())
 
     def size(self) -> int:
         return self.file.seek(0, os.SEEK_END)
@@ -273,15 +273,6 @@ def sha256_of(path: Path) -> str:
     """The checksum in hex, read in pieces: about 1 GB/s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

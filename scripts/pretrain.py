@@ -1,13 +1,13 @@
 """Pretrain on parquet shards. Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml"""
 
 from edu.command import parse, run_script
-from edu.config import PretrainConfig, is_finished, push_advice
+from edu.config import PretrainConfig
+from edu.resume import nothing_to_do
 
 
 def main() -> int:
     config = parse(PretrainConfig)
-    if is_finished(config):
-        print(f"{config.out}: finished, nothing to do{push_advice(config)}")
+    if nothing_to_do(config):
         return 0
     from edu.pretrain import train
 

@@ -1,13 +1,13 @@
 """Reinforce right answers. Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml"""
 
 from edu.command import parse, run_script
-from edu.config import RLConfig, is_finished, push_advice
+from edu.config import RLConfig
+from edu.resume import nothing_to_do
 
 
 def main() -> int:
     config = parse(RLConfig)
-    if is_finished(config):
-        print(f"{config.out}: finished, nothing to do{push_advice(config)}")
+    if nothing_to_do(config):
         return 0
     from edu.rl import train
 

@@ -1,13 +1,13 @@
 """Fine-tune on conversations. Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml"""
 
 from edu.command import parse, run_script
-from edu.config import SFTConfig, is_finished, push_advice
+from edu.config import SFTConfig
+from edu.resume import nothing_to_do
 
 
 def main() -> int:
     config = parse(SFTConfig)
-    if is_finished(config):
-        print(f"{config.out}: finished, nothing to do{push_advice(config)}")
+    if nothing_to_do(config):
         return 0
     from edu.sft import train
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from edu.command import parse
-from edu.config import FREE_ON_RESUME, PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.config import PretrainConfig, RLConfig, SFTConfig, as_settings
 from edu.packing import Piece
+from edu.resume import FREE_ON_RESUME
 from edu.sft_data import load_sft_data, read_mixture
 from edu.tokenizer import Tokenizer
 

@@ -18,11 +18,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edu import loop, pretrain, rollouts
+from edu import loop, pretrain, rl, rollouts
 from edu.checkpoint import checkpoints
-from edu.config import SFTConfig, StageConfig, as_settings, is_finished
+from edu.config import SFTConfig, StageConfig, as_settings
 from edu.metrics import read_metrics
 from edu.model import GPT
+from edu.resume import is_finished
 from edu.tokenizer import Tokenizer
 
 

@@ -64,7 +64,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
         (home / f"data/{split}.jsonl").write_text(json.dumps(problem) + "\n")
     tokenizer.save(home / "runs/tiny/tokenizer")
     for name, block in zip(("chats.yaml", "documents.yaml"), re.findall(r"```yaml\n(.*?)```", PAGE, re.S), strict=True):
-        (home / name).write_text(block)
+        (home / "tasks").mkdir(exist_ok=True)
+        (home / "tasks" / name).write_text(block)
     runs = home / "runs/tiny"
     common: Any = {"batch_size": 8, "micro_batch_size": 8, "sequence_length": 64, "warmup": 2, "eval_every": 60}
     sizes: Any = {"channels": 64, "layers": 2, "eval_batches": 1, "sample_prompts": ("Tom",)}

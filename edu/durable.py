@@ -1,0 +1,37 @@
+"""Files that are complete or absent, also after a kill or a power failure: write beside, sync, rename, sync the folder."""
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a file written under a temporary name its own; what other hard links of an old `path` hold stays."""
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole UTF-8 file or none; an OSError (a full disk) leaves the old one, and no other.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.json"
+    >>> write_text(path, "{}"), path.read_text(), [each.name for each in path.parent.iterdir()]
+    (None, '{}', ['a.json'])
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
