@@ -76,7 +76,8 @@ def train(config: RLConfig) -> Result:
                 limit=config.eval_problems,
                 quiet=True,
             )
-        return {metrics.PASS_AT_1: evaluation.summary["pass@1"]["value"]}
+        passes = [figure["value"] for name, figure in evaluation.summary.items() if name.startswith("pass@")]
+        return {metrics.PASS_AT_1: passes[0], metrics.PASS_AT_K: passes[-1]}
 
     if not training.fit(steps.next_data, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
