@@ -249,7 +249,15 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         Hugging Face model: shifted inside, -100 ignored.
         """
         if targets is not None:
-            mask = None if position_ids is None else document_mask(position_ids)
+            if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):
+                raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
+            attention = self.config._attn_implementation
+            if position_ids is None or attention == "flex_attention":
+                mask = None  # flex attention would add our mask to the scores; it tells documents apart by itself
+            elif attention in ("eager", "sdpa"):
+                mask = document_mask(position_ids)
+            else:
+                raise ValueError(f"{attention} would mix packed documents: load the model with sdpa, eager or flex")
             hidden = self.model(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state

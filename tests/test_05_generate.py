@@ -91,3 +91,15 @@ def test_our_cache_takes_a_prompt_in_pieces(model: GPT) -> None:
     cache, ids = KVCache(1, 16, model), torch.tensor([PROMPTS[1]])
     pieces = [model(ids[:, part], cache=cache).logits for part in (slice(0, 4), slice(4, 5), slice(5, 9))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_has_its_old_name_too_with_a_warning(model: GPT) -> None:
+    """transformers 5.24 calls past_key_values cache; what was written before still runs."""
+    ids = torch.tensor([PROMPTS[1]])
+    with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated .* `GPT.forward`. Use `cache`"):
+        first = model(ids[:, :4], past_key_values=KVCache(1, 16, model))
+    assert first.past_key_values is first["past_key_values"] is first.cache
+    torch.testing.assert_close(model(ids[:, 4:], cache=first.cache).logits, model(ids).logits[:, 4:], atol=1e-5, rtol=0)
+    expected = new_tokens(model, {"input_ids": ids})
+    with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated .* `GPT.generate`. Use `cache`"):
+        assert new_tokens(model, {"input_ids": ids}, past_key_values=KVCache(1, 9 + NEW, model)) == expected
