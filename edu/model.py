@@ -105,7 +105,7 @@ class CausalSelfAttention(nn.Module):
         )
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, K, S, D); paged attention changes kwargs
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -211,7 +211,7 @@ class GPTModel(GPTPreTrainedModel):
         cos_sin = rotary_angles(position_ids, self.config)
         kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
         x = rms_norm(x, self.config.rms_norm_eps)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
             x = layer(x, cos_sin, **kwargs)
         return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
 
