@@ -1,6 +1,7 @@
 """What is pushed is a model that strangers can use, whoever loads it; and no push that fails costs anything."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_a_card_says_what_made_the_model_how_it_went_how_good_it_is_and_how_to_u
         "| max_steps | 200 |",
         "| mine.jsonl | 600 used |",
         "| step | reward |\n| --- | --- |\n| 2 | 0.075 |",
-        "| 20 | 0.975 |",
+        "| 20 | 0.975 |\n| curve | ▁▂▃▃▄▅▆▆▇█ |",
         "parameters in 2 layers",
         "## Limits",
     ):
@@ -146,10 +147,13 @@ def test_a_card_says_what_made_the_model_how_it_went_how_good_it_is_and_how_to_u
 
 
 def test_a_card_of_a_base_model_shows_text_not_chat_and_needs_no_figures(tmp_path: Path) -> None:
+    write_card(tmp_path, Card(course=[{"step": 1, "loss": math.nan}]))
+    assert "| 1 | nan |" in (tmp_path / "README.md").read_text()
     write_card(tmp_path, Card())
     text = (tmp_path / "README.md").read_text()
     assert '"role"' not in text
     assert "## Evaluation" not in text
+    assert "## Course" not in text
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["edu-chat", "nanochat", "base"]
 
 
