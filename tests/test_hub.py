@@ -221,11 +221,15 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     readme = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
     files = {"README.md": readme.encode(), "main/train-00000-of-00001.parquet": table.getvalue().to_pybytes()}
     hub.add("datasets/openai/gsm8k", files)
+    hub.add("datasets/you/secret", files, private=True)
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from edu.hub import model_folder; from edu.tasks.gsm8k import GSM8K\n"
+        "from edu.hub import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
         "task = GSM8K('train'); print(len(task), task.get_example(0)['answer'], model_folder('me/tiny').parent.parent)"
     )
+    refused = run(hub, tmp_path, "-c", f"{code}; list(hub_rows('you/secret', None, 'train'))")
+    assert "ValueError: you/secret: no such data set, or none that you may read" in refused.stderr
+    assert "`hf auth login`" in refused.stderr
     first = run(hub, tmp_path, "-c", code)
     assert first.stdout.split() == ["3", "2", str(tmp_path / "hub" / "models--me--tiny")], first.stderr
     hub.log.clear()
