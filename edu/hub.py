@@ -204,7 +204,10 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
     """
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     except HFValidationError as error:
@@ -218,7 +221,7 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
             login = f"run `hf auth login` with a token that may {may} it, or set HF_TOKEN"
             raise ValueError(f"{said}; check the name, or {login}") from error
         raise ConnectionError(f"{said}; try again later") from error
-    except (TransportError, RuntimeError) as error:  # RuntimeError: a file's upload failed for good
+    except (TransportError, RuntimeError, ConnectionError) as error:  # the last two: a file's upload failed for good
         why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
         raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
 
@@ -230,12 +233,9 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
     Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
     folder = Path(name)
     if is_hub_id(name):
-        if not sys.stderr.isatty():
-            disable_progress_bars()
         with hub_errors(f"--model {name}", may="read"):
             folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
     elif not folder.is_dir():

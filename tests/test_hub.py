@@ -271,6 +271,18 @@ def test_a_push_that_fails_says_why_changes_nothing_and_can_be_done_again(
     assert contents(checkpoint) == before
 
 
+def test_a_push_through_xet_that_fails_says_why_too(
+    here: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's own way for large files, which the server here has not: nothing but its absence is tried."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(ConnectionError, match=r"--repo me/tiny: the connection to the Hub failed \(.*xet-write-token"):
+        push(checkpoint, "me/tiny")
+    assert set(here.files("models/me/tiny")) == {".gitattributes"}
+    assert capfd.readouterr().err == ""
+
+
 def test_a_push_that_cannot_work_says_what_to_do(
     here: Hub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
