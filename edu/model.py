@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -48,6 +49,17 @@ def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
     document = (position_ids == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
+
+
+def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:
+    """The document mask in the form that an attention implementation heeds; ValueError where there is none."""
+    mask = document_mask(position_ids)
+    if attention in ("eager", "sdpa"):
+        return mask
+    if attention != "flex_attention":
+        raise ValueError(f"{attention} would mix packed documents: load the model with sdpa, eager or flex_attention")
+    B, _, T, _ = mask.shape  # as a tensor, flex attention would add it to the scores
+    return create_block_mask(lambda b, _, q, k: mask[b, 0, q, k], B, None, T, T, device=str(mask.device))
 
 
 def eager_attention_forward(
@@ -251,13 +263,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         if targets is not None:
             if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):
                 raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
-            attention = self.config._attn_implementation
-            if position_ids is None or attention == "flex_attention":
-                mask = None  # flex attention would add our mask to the scores; it tells documents apart by itself
-            elif attention in ("eager", "sdpa"):
-                mask = document_mask(position_ids)
-            else:
-                raise ValueError(f"{attention} would mix packed documents: load the model with sdpa, eager or flex")
+            mask = None if position_ids is None else mask_for(self.config._attn_implementation, position_ids)
             hidden = self.model(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
