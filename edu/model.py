@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -48,6 +49,17 @@ def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
     document = (position_ids == 0).cumsum(-1)
     same = document[:, :, None] == document[:, None, :]
     return same.tril()[:, None]
+
+
+def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:
+    """The document mask in the form that an attention implementation heeds; ValueError where there is none."""
+    mask = document_mask(position_ids)
+    if attention in ("eager", "sdpa"):
+        return mask
+    if attention != "flex_attention":
+        raise ValueError(f"{attention} would mix packed documents: load the model with sdpa, eager or flex_attention")
+    B, _, T, _ = mask.shape  # as a tensor, flex attention would add it to the scores
+    return create_block_mask(lambda b, _, q, k: mask[b, 0, q, k], B, None, T, T, device=str(mask.device))
 
 
 def eager_attention_forward(
@@ -105,7 +117,7 @@ class CausalSelfAttention(nn.Module):
         )
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, K, S, D); paged attention changes kwargs
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -211,7 +223,7 @@ class GPTModel(GPTPreTrainedModel):
         cos_sin = rotary_angles(position_ids, self.config)
         kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
         x = rms_norm(x, self.config.rms_norm_eps)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
             x = layer(x, cos_sin, **kwargs)
         return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
 
@@ -249,7 +261,9 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         Hugging Face model: shifted inside, -100 ignored.
         """
         if targets is not None:
-            mask = None if position_ids is None else document_mask(position_ids)
+            if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):
+                raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
+            mask = None if position_ids is None else mask_for(self.config._attn_implementation, position_ids)
             hidden = self.model(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state

@@ -23,7 +23,7 @@ import numpy as np
 from edu.chat import Rendered, render
 from edu.command import read_yaml
 from edu.packing import Batch, Piece, collate, pack_rows
-from edu.tasks import read_rows, text_field
+from edu.tasks import hub_rows, read_rows, text_field
 from edu.tasks.gsm8k import conversation
 from edu.tokenizer import Tokenizer
 
@@ -104,11 +104,8 @@ def read_source(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         ):
             yield f"{source.path}, row {i}", row
         return
-    import datasets
-
     assert source.hub is not None
-    for i, row in enumerate(datasets.load_dataset(source.hub, source.config, split=source.split)):
-        yield f"{source.hub}, row {i}", dict(row)
+    yield from hub_rows(source.hub, source.config, source.split)
 
 
 def messages_of(row: dict[str, Any], place: str) -> list[Any]:

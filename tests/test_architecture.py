@@ -1,6 +1,7 @@
 """The map is kept: imports go one way, files stay small, and the documents name no machine."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -28,6 +29,7 @@ MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/tmp/", "C:\\", *HERE)
 
 LIBRARY = sorted((ROOT / "edu").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")]
 
 
 def name_of(path: Path) -> str:
@@ -142,9 +144,14 @@ def test_code_is_not_squeezed_to_meet_a_budget() -> None:
             assert len(starts) == len(set(starts)), f"{name_of(path)}: two statements on one line"
 
 
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for path in DOCUMENTS:
+        links = re.findall(r"\]\(([^)#:]+)[)#]", path.read_text())
+        assert not [link for link in links if not (path.parent / link).exists()], name_of(path)
+
+
 def test_documents_and_code_name_no_machine() -> None:
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")]
     settings = [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "accelerate_configs").rglob("*.yaml")]
-    for path in [*documents, *settings, *LIBRARY, *SCRIPTS]:
+    for path in [*DOCUMENTS, *settings, *LIBRARY, *SCRIPTS]:
         found = [place for place in MACHINE_PATHS if place in path.read_text()]
         assert not found, f"{name_of(path)} names {found}"
