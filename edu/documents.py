@@ -116,7 +116,7 @@ class Source:
             yield from ((number, group, rows) for group, rows in enumerate(shard.groups))
 
     def _texts(self, shard: int, group: int) -> Iterator[pa.Array]:
-        with pq.ParquetFile(self.shards[shard].path) as file:
+        with pq.ParquetFile(self.shards[shard].path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(CHUNK, row_groups=[group], columns=[self.column]):
                 texts = batch.column(0)
                 yield texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
