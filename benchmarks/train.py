@@ -5,9 +5,11 @@ Example: python benchmarks/train.py --compile
 All hold the same weights, see the same batches and make the same update with the same optimizer (AdamW, fused), in fp32; the
 losses are compared. They take turns of some steps, several rounds, in one process bound to one core; times are CPU
 seconds. "Muon" is our default optimizer, which does more work a step. Beside them: the time that the matrix products
-alone would take at the speed of a square one, which nothing on this machine beats.
+alone would take at the speed of a square one, which nothing on this machine beats; and the most bytes that torch held
+at once during a turn beyond weights and optimizer, for each token of the batch.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -57,13 +59,24 @@ def matmul_speed() -> float:
     return statistics.median(once() for _ in range(10))
 
 
+def peak_bytes(turn: Turn) -> int:
+    """The most that torch's CPU allocator held during a turn, beyond what it held before."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        turn()
+    recorded: Any = profiled.profiler
+    events = recorded.kineto_results.events()
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
 def main() -> None:
     args = parse(Args)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
     from accelerate import Accelerator
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
     from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
     from transformers.utils import logging
 
@@ -118,7 +131,7 @@ def main() -> None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            return time.process_time() - start, float(loss)
+            return time.process_time() - start, loss.item()
 
         return turn
 
@@ -135,6 +148,7 @@ def main() -> None:
 
         def turn() -> tuple[float, float]:
             hugging = Trainer(model, settings, train_dataset=data, optimizers=(optimizer, constant))
+            hugging.remove_callback(PrinterCallback)
             start = time.process_time()
             result = hugging.train()
             return time.process_time() - start, result.training_loss
@@ -152,18 +166,23 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, turn in contenders.items():
             seconds[name].append(turn()[0])
+    memory = {name: peak_bytes(turn) for name, turn in contenders.items()}
     weights = sum(p.numel() for name, p in first.named_parameters() if "embed" not in name)
     ceiling = speed / (6 * weights)
     print(f"square matrix product: {speed / 1e9:.0f} GFLOP/s; products alone: {ceiling:,.0f} tokens/s")
-    print("| contender | tokens/s | share of products alone | ours is faster by | loss after the first turn |")
-    print("|--|--|--|--|--|")
+    print(
+        "| contender | tokens/s | share of products alone | ours is faster by | kB a token | loss after the first turn |"
+    )
+    print("|--|--|--|--|--|--|")
     for name, times in seconds.items():
         tokens = args.steps * B * T
         reference = seconds["ours, compiled" if "compiled" in name else "ours"]
         ratios = [a / b for a, b in zip(times, reference, strict=True)]
         rate = tokens / statistics.median(times)
         faster = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
-        print(f"| {name} | {rate:,.0f} | {rate / ceiling:.0%} | {faster} | {losses[name]:.6f} |")
+        print(
+            f"| {name} | {rate:,.0f} | {rate / ceiling:.0%} | {faster} | {memory[name] / B / T / 1e3:.1f} | {losses[name]:.6f} |"
+        )
 
 
 if __name__ == "__main__":

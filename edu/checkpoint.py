@@ -189,11 +189,14 @@ class Run:
                 self._card(temporary, step, {})
                 torch.save(inner, temporary / "state" / "optimizer.pt")
                 write_text(temporary / "state" / "trainer.json", json.dumps(state, default=str))
+                for log in (self.metrics, self.samples):  # a power failure must not take rows of steps that are kept
+                    sync(log.path)
                 _seal(temporary, target)
             except (SafetensorError, RuntimeError, OSError) as error:  # what libraries raise where the disk is full
                 shutil.rmtree(temporary, ignore_errors=True)
+                free = f"{shutil.disk_usage(self.folder).free / 2**20:,.0f} MiB are free there"
                 kept = f"the checkpoints before step {step} are whole, and the same command continues from there"
-                raise OSError(f"{target}: cannot be written ({error}); {kept}") from error
+                raise OSError(f"{target}: cannot be written ({error}); {free}; {kept}") from error
             self._publish(target)
         self.accelerator.wait_for_everyone()
 

@@ -17,7 +17,7 @@ from edu.metrics import progress
 from edu.model import GPT
 from edu.optim import lr_factor, make_optimizer
 from edu.report import environment
-from edu.runtime import peak_flops, stop_signals
+from edu.runtime import StopSignals, peak_flops
 from edu.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
@@ -90,26 +90,28 @@ class Training:
     def _fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
         """The loop.
 
-        1. Evaluate where it is due, before the first step too. What an evaluation breaks, the checkpoint before it saves.
-        2. One step on the next data, one line of metrics.
-        3. Save where it is due, or where a signal asks to leave.
+        1. Save where it is due, where an evaluation follows, which may fail, and where a signal asks to leave.
+        2. Evaluate where it is due, before the first step too. A signal breaks it off.
+        3. One step on the next data, one line of metrics.
         """
         config, run, position = self.config, self.run, None
         trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
-        with stop_signals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
+        with StopSignals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
             while True:
-                if self.step % config.eval_every == 0 or self.step == config.max_steps:
-                    figures = evaluate(self.step)
-                    run.log(self.step, figures)
-                    shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
-                    self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
-                if self.step == config.max_steps:
-                    return True
-                if self._any(stopped):
-                    if self.step > self.saved:
-                        self._save(position)
+                last = self.step == config.max_steps
+                evaluating, leaving = self.step % config.eval_every == 0 or last, self._any(stopped)
+                if self.step > self.saved and (self.step % config.save_every == 0 or evaluating or leaving):
+                    run.save(self.step, self.tokens, self.model, self.optimizer, position)
+                    self.saved = self.step
+                if evaluating and not leaving:
+                    with stopped.breaking_off():  # the checkpoint has just been written
+                        self._evaluate(evaluate, name)
+                    leaving = self._any(stopped)
+                if leaving:
                     self.accelerator.print(f"stopped after step {self.step}; the same command continues")
                     return False
+                if last:
+                    return True
                 started = time.perf_counter()
                 data = next_data(self.step)
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
@@ -138,8 +140,12 @@ class Training:
                 run.log(self.step, figures | counts | data.figures)
                 telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
                 bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
-                if self.step % config.save_every == 0 or self.step == config.max_steps or self._any(stopped):
-                    self._save(position)
+
+    def _evaluate(self, evaluate: Evaluate, name: str) -> None:
+        figures = evaluate(self.step)
+        self.run.log(self.step, figures)
+        shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
+        self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
 
     def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
         """Measure the finished model on the main process, and write down what it found."""
@@ -186,15 +192,11 @@ class Training:
             self.parts *= 2
             self.accelerator.print(f"out of memory: each micro-batch in {self.parts} parts, the update stays the same")
 
-    def _save(self, position: Any) -> None:
-        self.run.save(self.step, self.tokens, self.model, self.optimizer, position)
-        self.saved = self.step
-
-    def _any(self, stopped: list[int]) -> bool:
+    def _any(self, stopped: StopSignals) -> bool:
         """Whether any process was told to stop, so that all leave together."""
         if self.accelerator.num_processes == 1:
             return bool(stopped)
-        return bool(self.accelerator.reduce(torch.tensor(float(len(stopped)), device=self.accelerator.device), "sum"))
+        return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
 
 
 def optimizer_settings(config: StageConfig) -> dict[str, float]:

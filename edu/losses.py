@@ -1,22 +1,28 @@
 """Log-probabilities of the targets, straight from the hidden states: head, softcap and log-softmax in one chunked pass.
 
-The logits of a batch, (N, V) in fp32, are usually the largest tensor of a training step. Here they exist for CHUNK rows
-at a time, in the forward and again in the backward pass, which recomputes them: one matrix product more, and no memory.
+The logits of a batch, (N, V) in fp32, are usually the largest tensor of a training step. Here they exist for some rows
+at a time. Training needs only sum(w * log p), whose gradient is linear in what comes after it: so each chunk's part of
+the gradient is computed in the forward pass, while its logits are at hand, and the backward pass scales it
+(Liger kernel, arXiv:2410.10989). Nothing is computed twice.
 
 N rows (a batch and its time steps, flattened), C channels, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from edu.fused import at_least_fp32
 from edu.packing import IGNORE
 
 CHUNK = 1024
 """Rows whose logits are held at once: 1024 x 50,304 in fp32 is 206 MB."""
+CPU_CHUNK = 256
+"""The same on a CPU, whose caches like less: a tenth of the head's time at a vocabulary of 4096 (docs/benchmarks.md)."""
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -24,65 +30,91 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _chunks(rows: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK, rows)) for start in range(0, rows, CHUNK)]
+def _chunks(hidden: Tensor) -> Iterator[slice]:
+    size = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
+    return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
-def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
-    """Softcapped logits of a chunk, in a tensor of their own that may be overwritten."""
-    logits = at_least_fp32(hidden @ weight.T)
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-
-
-class _HeadLogProbs(torch.autograd.Function):
-    """log softmax(softcap(hidden @ weight.T))[target], one chunk of rows after another."""
+class _WeightedSum(torch.autograd.Function):
+    """sum(weights * log softmax(softcap(hidden @ weight.T))[target]), one chunk of rows after another."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-        normalizers = at_least_fp32(hidden.new_empty(len(targets)))
-        picked = torch.empty_like(normalizers)
-        for part in _chunks(len(targets)):
-            logits = _logits(hidden[part], weight, cap)
-            normalizers[part] = logits.logsumexp(1)
-            picked[part] = logits.gather(1, targets[part, None]).squeeze(1)
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
-        ctx.cap = cap
-        return picked - normalizers
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float | None
+    ) -> Tensor:
         grad_hidden, grad_weight = torch.empty_like(hidden), at_least_fp32(torch.zeros_like(weight))
-        for part in _chunks(len(targets)):
-            logits = _logits(hidden[part], weight, ctx.cap)
+        total = grad_weight.new_zeros(())
+        for part in _chunks(hidden):
+            logits = at_least_fp32(hidden[part] @ weight.T)
+            w = weights[part, None].to(logits.dtype)
+            if cap is not None:
+                logits = logits.div_(cap).tanh_().mul_(cap)
+            most, picked = logits.amax(1, keepdim=True), targets[part, None]
+            slope = (logits - most).exp_()
+            normalizer = slope.sum(1, keepdim=True)
+            total += (w * (logits.gather(1, picked) - most - normalizer.log())).sum()
             # d logprob / d logits = onehot - softmax; the softcap's own slope is 1 - (logits / cap)^2.
-            slope = (logits - normalizers[part, None]).exp_().neg_()
-            slope[torch.arange(len(slope), device=slope.device), targets[part]] += 1
-            slope *= grads[0][part, None]
-            if ctx.cap is not None:
-                slope.addcmul_(slope, logits.square_(), value=-1 / ctx.cap**2)
+            slope.mul_(-w / normalizer).scatter_add_(1, picked, w)
+            if cap is not None:
+                slope.addcmul_(slope, logits.square_(), value=-1 / cap**2)
             slope = slope.to(hidden.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None
+
+
+def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    """The log-probabilities of one chunk."""
+    logits = softcap(at_least_fp32(hidden @ weight.T), cap)
+    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in autocast's precision, where it is on."""
+    device = tensors[0].device.type
+    return (
+        [x.to(torch.get_autocast_dtype(device)) for x in tensors] if torch.is_autocast_enabled(device) else [*tensors]
+    )
+
+
+def head_weighted_sum(
+    hidden: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "V C"],
+    targets: Int[Tensor, "B T"],
+    weights: Float[Tensor, "B T"],
+    cap: float | None,
+) -> Float[Tensor, ""]:
+    """Sum of weights times log-probabilities of the targets, in nats and fp32: the whole of a training step's head.
+
+    Positions of weight 0, in SFT most, are left out and cost nothing. Weights are 0 wherever targets are IGNORE.
+    """
+    hidden, weight = _autocast(hidden, weight)
+    if torch.compiler.is_compiling():  # how many are kept depends on the data, and would break the graph
+        hidden, targets, weights = hidden.flatten(0, 1), targets.clamp(min=0).flatten(), weights.flatten()
+    else:
+        kept = weights != 0
+        hidden, targets, weights = hidden[kept], targets[kept], weights[kept]
+    return _WeightedSum.apply(hidden, weight, targets, weights, cap)
 
 
 def head_log_probs(
     hidden: Float[Tensor, "B T C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "B T"], cap: float | None
 ) -> Float[Tensor, "B T"]:
-    """Log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE.
-
-    1. Keep the positions that are trained: in SFT most are not, and cost nothing here.
-    2. Per chunk: logits, softcap, log-softmax, pick the target's.
-    3. Put the results back into (B, T).
-    """
+    """Log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE. A backward pass computes again."""
+    hidden, weight = _autocast(hidden, weight)
     kept = targets != IGNORE
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if torch.compiler.is_compiling():  # how many are kept depends on the data, and would break the graph
-        every = _HeadLogProbs.apply(hidden.flatten(0, 1), weight, targets.clamp(min=0).flatten(), cap)
-        return every.view(targets.shape).masked_fill(~kept, 0.0)
-    found = _HeadLogProbs.apply(hidden[kept], weight, targets[kept], cap)
-    logprobs = torch.zeros(targets.shape, dtype=found.dtype, device=hidden.device)
-    return logprobs.masked_scatter(kept, found)
+    whole = torch.compiler.is_compiling()  # as above
+    rows, picked = (hidden.flatten(0, 1), targets.clamp(min=0).flatten()) if whole else (hidden[kept], targets[kept])
+    parts = [
+        checkpoint(_log_probs, rows[part], weight, picked[part], cap, use_reentrant=False) for part in _chunks(rows)
+    ]
+    found = torch.cat(parts) if parts else rows.sum(-1).float()
+    if whole:
+        return found.view(targets.shape).masked_fill(~kept, 0.0)
+    return torch.zeros(targets.shape, dtype=found.dtype, device=hidden.device).masked_scatter(kept, found)

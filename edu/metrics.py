@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -123,10 +123,13 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
-        """Append the row of a step."""
+        """Append the row of a step; an OSError (a full disk) names the file."""
         row = {STEP: step} | {name: _plain(value) for name, value in values.items()}
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def truncate_after(self, step: int) -> None:
         """Keep rows up to and including `step`: a resumed run writes the later ones again."""
@@ -142,7 +145,8 @@ class MetricsLog:
         write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a row that `write` has complained about
+            self._file.close()
 
     def __enter__(self) -> "MetricsLog":
         return self

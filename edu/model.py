@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from edu.fused import relu_squared, rms_norm
 from edu.gpt_config import GPTConfig
-from edu.losses import head_log_probs, softcap
+from edu.losses import head_log_probs, head_weighted_sum, softcap
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -253,10 +253,12 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Int[Tensor, "B T"] | None = None,
+        weights: Float[Tensor, "B T"] | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | Float[Tensor, "B T"]:
+    ) -> CausalLMOutputWithPast | Float[Tensor, "B T"] | Float[Tensor, ""]:
         """With `targets`: log-probabilities (B, T), 0.0 where targets are -1. Without: transformers' interface.
 
+        With `weights` too: the sum of weights times log-probabilities, which is all that training needs, and costs less.
         `targets` are already shifted, packed documents are told apart by `position_ids`. `labels` are as in every
         Hugging Face model: shifted inside, -100 ignored.
         """
@@ -267,7 +269,10 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             hidden = self.model(
                 input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state
-            return head_log_probs(hidden, self.lm_head.weight, targets, self.config.final_logit_softcapping)
+            head, cap = self.lm_head.weight, self.config.final_logit_softcapping
+            if weights is not None:
+                return head_weighted_sum(hidden, head, targets, weights, cap)
+            return head_log_probs(hidden, head, targets, cap)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

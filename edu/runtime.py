@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -138,22 +138,43 @@ def peak_memory(device_type: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and Ctrl-C in a list, so that a loop ends its step, saves and leaves; a second one interrupts."""
-    received: list[int] = []
-    first = 0.0
+class Stopped(BaseException):
+    """A signal came where nothing can be lost."""
 
-    def on_signal(number: int, _: FrameType | None) -> None:
-        nonlocal first
-        if received and time.monotonic() - first > 2:  # a launcher passes the terminal's Ctrl-C on once more
+
+class StopSignals:
+    """Notes SIGTERM and Ctrl-C, so that a loop ends its step, saves and leaves; a second one, later, interrupts."""
+
+    def __init__(self) -> None:
+        self.noted: float | None = None
+        self._breakable = False
+
+    def __bool__(self) -> bool:
+        return self.noted is not None
+
+    def _on_signal(self, _: int, __: FrameType | None) -> None:
+        if self.noted is None:
+            self.noted = time.monotonic()
+            if self._breakable:
+                raise Stopped
+        elif time.monotonic() - self.noted > 2:  # a launcher passes the terminal's Ctrl-C on once more
             raise KeyboardInterrupt
-        first = first or time.monotonic()
-        received.append(number)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """What runs within is left at once when a signal comes."""
+        self._breakable = True
+        try:
+            yield
+        except Stopped:
+            pass
+        finally:
+            self._breakable = False

@@ -54,6 +54,11 @@ def _sum(accelerator: Accelerator, values: Tensor) -> Tensor:
     return total
 
 
+def _weighted_sum(model: nn.Module, batch: Batch) -> Tensor:
+    """sum(w * log p) of a micro-batch."""
+    return model(batch.inputs, targets=batch.targets, weights=batch.weights, position_ids=batch.positions)
+
+
 def train_step(
     accelerator: Accelerator, model: nn.Module, optimizer: MuonAdamW, terms: Sequence[Term], clip: float = 1.0
 ) -> StepResult:
@@ -75,8 +80,7 @@ def train_step(
     try:
         for i, batch in ((i, batch.to(accelerator.device)) for i, batch in micro):
             with accelerator.accumulate(model):
-                logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions)
-                loss = -(batch.weights * logprobs).sum() / counts[i].clamp(min=1)
+                loss = -_weighted_sum(model, batch) / counts[i].clamp(min=1)
                 sums[i] += loss.detach()
                 accelerator.backward(loss * terms[i].scale * len(micro) * accelerator.num_processes)
     except torch.OutOfMemoryError:
@@ -100,7 +104,7 @@ def fits(accelerator: Accelerator, model: nn.Module, terms: Sequence[Term]) -> b
     try:
         for _ in range(2):
             with accelerator.no_sync(model):
-                accelerator.backward(model(batch.inputs, targets=batch.targets, position_ids=batch.positions).sum())
+                accelerator.backward(_weighted_sum(model, batch))
     except torch.OutOfMemoryError:
         failed = 1.0
     model.zero_grad()

@@ -1,11 +1,14 @@
 """Chapter 4: the transformer, against its parts' laws; test_04_parity.py holds it to transformers' own nanochat."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from edu.losses import head_log_probs
+from edu.losses import head_log_probs, head_weighted_sum
 from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, document_mask, rotary_angles
 from edu.optim import MuonAdamW, make_optimizer, orthogonalize
 from edu.packing import IGNORE
@@ -88,33 +91,63 @@ def test_what_is_saved_is_what_is_loaded(model: GPT, tmp_path: Path, ids: torch.
 def test_log_probs_equal_those_of_the_logits_in_value_and_gradient(model: GPT, ids: torch.Tensor) -> None:
     targets = ids.roll(-1, 1)
     targets[0, :9] = IGNORE
-    weights = torch.randn(ids.shape)
+    weights = torch.randn(ids.shape) * (targets != IGNORE)
+    weights[1, :5] = 0.0
     found = model(ids, targets=targets)
     logits = model(ids).logits
     expected = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0] * (targets != IGNORE)
     torch.testing.assert_close(found, expected)
     assert found[0, :9].abs().max() == 0
-    parameters = list(model.parameters())
-    for a, b in zip(
-        torch.autograd.grad((weights * found).sum(), parameters),
-        torch.autograd.grad((weights * expected).sum(), parameters),
-        strict=True,
+    total, parameters = model(ids, targets=targets, weights=weights), list(model.parameters())
+    torch.testing.assert_close(total, (weights * expected).sum(), atol=1e-5, rtol=1e-6)
+    reference = torch.autograd.grad(-3 * (weights * expected).sum(), parameters)
+    for loss in (-3 * total, -3 * (weights * found).sum()):
+        for a, b in zip(torch.autograd.grad(loss, parameters), reference, strict=True):
+            torch.testing.assert_close(a, b, atol=6e-5, rtol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that a result of an operation had."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("cap", [15.0, None])
+def test_the_logits_of_a_batch_are_never_held_whole(monkeypatch: pytest.MonkeyPatch, cap: float | None) -> None:
+    hidden, weight = torch.randn(3, 10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    targets, weights = torch.randint(0, 50, (3, 10)), torch.randn(3, 10)
+
+    def passes() -> tuple[int, list[torch.Tensor]]:
+        """The largest tensor of forward and backward of both ways, and what they give."""
+        with Largest() as largest:
+            total = head_weighted_sum(hidden, weight, targets, weights, cap)
+            each = head_log_probs(hidden, weight, targets, cap)
+            found = [torch.autograd.grad(loss, [hidden, weight]) for loss in (total, (weights * each).sum())]
+        return largest.elements, [total, each, *found[0], *found[1]]
+
+    (everything, whole), _ = passes(), monkeypatch.setattr("edu.losses.CPU_CHUNK", 7)
+    most, parts = passes()
+    assert (everything, most) == (30 * 50, 50 * 8)
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_target_costs_nothing() -> None:
+    hidden, weight = torch.randn(3, 10, 8, requires_grad=True), torch.randn(20, 8)
+    nothing = torch.full((3, 10), IGNORE)
+    for loss in (
+        head_log_probs(hidden, weight, nothing, 15.0).sum(),
+        head_weighted_sum(hidden, weight, nothing, torch.zeros(3, 10), 15.0),
     ):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-
-
-def test_chunks_change_nothing_and_no_target_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, weight = torch.randn(3, 10, 8), torch.randn(20, 8)
-    targets = torch.randint(0, 20, (3, 10))
-    whole = head_log_probs(hidden, weight, targets, 15.0)
-    monkeypatch.setattr("edu.losses.CHUNK", 7)
-    torch.testing.assert_close(head_log_probs(hidden, weight, targets, 15.0), whole)
-    hidden.requires_grad_()
-    nothing = head_log_probs(hidden, weight, torch.full_like(targets, IGNORE), 15.0)
-    nothing.sum().backward()
-    assert nothing.abs().max() == 0
-    assert hidden.grad is not None
-    assert hidden.grad.abs().max() == 0
+        (gradient,) = torch.autograd.grad(loss, [hidden])
+        assert loss == 0
+        assert gradient.abs().max() == 0
 
 
 def test_packed_documents_do_not_see_each_other(model: GPT, ids: torch.Tensor) -> None:

@@ -225,7 +225,8 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_the_forward_compiles_to_one_graph(backend: str) -> None:
     model = random_gpt(num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    for inputs in ({"targets": IDS.masked_fill(MASK == 0, IGNORE), "position_ids": PACKED}, {"use_cache": False}):
+    packed = {"targets": IDS.masked_fill(MASK == 0, IGNORE), "position_ids": PACKED}
+    for inputs in (packed, packed | {"weights": MASK.float()}, {"use_cache": False}):
         found, expected = (run(IDS, **inputs) for run in (compiled, model))
         if "targets" not in inputs:
             found, expected = found.logits, expected.logits

@@ -19,7 +19,7 @@ from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edu import loop, pretrain, rl, rollouts
-from edu.checkpoint import checkpoints
+from edu.checkpoint import Run, checkpoints
 from edu.config import SFTConfig, StageConfig, as_settings
 from edu.metrics import read_metrics
 from edu.model import GPT
@@ -198,9 +198,9 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"checkpoint-6: cannot be written .No space left.* before step 6 are whole"):
+        with pytest.raises(OSError, match=r"checkpoint-6: cannot be written .No space left.*MiB are free.* before step 6 are whole"):
             train(config)
-    assert [path.name for path in checkpoints(config.out)] == ["checkpoint-3"]
+    assert [path.name for path in checkpoints(config.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not list(config.out.glob(".checkpoint*"))
     train(config)
     assert steps_of(config.out) == steps_of(finished["base"].out)
@@ -282,19 +282,48 @@ def test_running_out_of_memory_halves_the_micro_batch_and_not_the_update(
         train(replace(config, out=tmp_path / "more"))
 
 
-def test_a_last_evaluation_that_fails_costs_no_step(
-    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [4, 8])  # 4 is no step of save_every
+def test_an_evaluation_that_fails_costs_no_step(
+    at: int, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, config = stages["base"]
     config = replace(config, out=tmp_path / "again")
-    last = config.out / "checkpoint-8"
+    last, real, trained = config.out / f"checkpoint-{at}", loop.train_step, []
+
+    def counted(*args: Any) -> Any:
+        trained.append(1)
+        return real(*args)
+
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "bits_per_byte", lambda *_: 1 / 0 if last.exists() else 1.0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     gc.collect()
-    monkeypatch.setattr(loop, "train_step", None)  # nothing is left to train
+    monkeypatch.setattr(loop, "train_step", counted)
     assert train(config).results["bpb"] == json.loads((finished["base"].out / "eval.json").read_text())["bpb"]
+    assert len(trained) == config.max_steps - at
+
+
+@pytest.mark.parametrize("at", [4, 8])
+def test_a_signal_breaks_an_evaluation_off_and_it_is_done_again(
+    at: int, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "again")
+    last, real = config.out / f"checkpoint-{at}", pretrain.bits_per_byte
+
+    def endless(*args: Any) -> float:
+        while last.exists():
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "bits_per_byte", endless)
+        result = train(config)
+    assert (result.step, result.finished) == (at, False)
+    assert train(config).finished
+    assert steps_of(config.out) == steps_of(finished["base"].out)
+    assert read_metrics(config.out / "samples.jsonl") == read_metrics(finished["base"].out / "samples.jsonl")
 
 
 def test_a_folder_that_cannot_be_written_is_named(stages: dict[str, Stage], tmp_path: Path) -> None:
@@ -417,7 +446,7 @@ def test_two_processes_train_what_one_trains_from_the_start_or_from_the_middle(
     train, config = stages["sft"]
     partly = tmp_path / "partly"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Training, "_save", save_and_die(loop.Training._save))
+        patch.setattr(Run, "save", save_and_die(Run.save))
         with pytest.raises(Crash):
             train(replace(config, out=partly))
     gc.collect()

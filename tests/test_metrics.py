@@ -62,6 +62,17 @@ def test_a_broken_line_elsewhere_is_named(tmp_path: Path) -> None:
         read_metrics(path)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's own full disk")
+def test_a_full_disk_is_said_with_the_files_name(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = MetricsLog.__new__(MetricsLog)
+    log.path, log._file = path, path.open("a", encoding="utf-8")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        log.write(1, {})
+    log.close()
+
+
 def test_no_file_has_no_rows(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
