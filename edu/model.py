@@ -45,10 +45,16 @@ def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> F
 
 
 def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
-    """(B, 1, T, T), True where a query may look: not ahead, and within its own document (positions restart at 0)."""
+    """(B, 1, T, T), True where a query may look: not ahead, and within its own document (positions restart at 0).
+
+    Where positions jump back to p > 0, a further branch of the document begins: it sees itself and the first p tokens.
+    """
     document = (position_ids == 0).cumsum(-1)
-    same = document[:, :, None] == document[:, None, :]
-    return same.tril()[:, None]
+    run = torch.arange(position_ids.shape[-1], device=position_ids.device) - position_ids  # one number a branch, rising
+    begins = position_ids.gather(-1, torch.searchsorted(run, run))  # the position at which each token's branch began
+    same, before = run[:, :, None] == run[:, None, :], position_ids[:, None, :] < begins[:, :, None]
+    shared = before & (document[:, :, None] == document[:, None, :])
+    return (same | shared).tril()[:, None]
 
 
 def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:

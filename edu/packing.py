@@ -58,6 +58,8 @@ class Piece:
     """1 where the token is a target to learn, 0 where it is only read; as long as ids."""
     weight: float | np.ndarray = 1.0
     """Of the targets: one number (an advantage), or one for each of ids."""
+    positions: np.ndarray | None = None
+    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model's document_mask."""
 
 
 class BestFit(Generic[V]):
@@ -162,7 +164,7 @@ def collate(rows: Sequence[Sequence[Piece]], sequence_length: int, pad: int = 0)
             inputs[b, place] = ids[:-1]
             targets[b, place] = np.where(mask, ids, IGNORE)[1:]
             weights[b, place] = np.where(mask, piece.weight, 0.0)[1:]
-            positions[b, place] = np.arange(len(ids) - 1)
+            positions[b, place] = np.arange(len(ids) - 1) if piece.positions is None else piece.positions[:-1]
         positions[b, at:] = np.arange(T - at)
     return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))
 

@@ -164,6 +164,14 @@ def test_document_mask_by_hand() -> None:
     assert mask == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
+def test_a_branch_sees_itself_and_what_was_before_it_in_its_document() -> None:
+    mask = document_mask(torch.tensor([[0, 0, 1, 2, 1, 2, 1, 0, 1]]))[0, 0].int().tolist()
+    assert mask[3] == [0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert mask[5] == [0, 1, 0, 0, 1, 1, 0, 0, 0]
+    assert mask[6] == [0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert mask[8] == [0, 0, 0, 0, 0, 0, 0, 1, 1]
+
+
 def test_odd_sizes_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="num_attention_heads=3"):
         GPTConfig.tiny(num_attention_heads=3)
