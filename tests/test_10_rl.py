@@ -66,10 +66,12 @@ class TwoTokens(torch.nn.Module):
         super().__init__()
         self.theta = torch.nn.Parameter(torch.tensor(theta))
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
         assert inputs.shape == position_ids.shape
         logprobs = torch.stack((torch.zeros(()), self.theta)).log_softmax(0)
-        return torch.where(targets >= 0, logprobs[targets.clamp(min=0)], 0.0)
+        return (weights * torch.where(targets >= 0, logprobs[targets.clamp(min=0)], 0.0)).sum()
 
 
 def test_the_gradient_of_two_tokens_is_the_one_worked_out_by_hand() -> None:
