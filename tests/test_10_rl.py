@@ -66,10 +66,12 @@ class TwoTokens(torch.nn.Module):
         super().__init__()
         self.theta = torch.nn.Parameter(torch.tensor(theta))
 
-    def forward(self, inputs: torch.Tensor, targets: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, targets: torch.Tensor, position_ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         assert inputs.shape == position_ids.shape
         logprobs = torch.stack((torch.zeros(()), self.theta)).log_softmax(0)
-        return torch.where(targets >= 0, logprobs[targets.clamp(min=0)], 0.0)
+        return (weights * torch.where(targets >= 0, logprobs[targets.clamp(min=0)], 0.0)).sum()
 
 
 def test_the_gradient_of_two_tokens_is_the_one_worked_out_by_hand() -> None:
@@ -336,6 +338,20 @@ def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Toke
             "entropy": 3 * 2.0 / 9,
         }
     )
+
+
+def test_the_log_probabilities_trained_are_those_sampled_from_the_stop_token_too(
+    tokenizer: Tokenizer, task: GSM8K
+) -> None:
+    model = random_gpt(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.3  # flat enough for some answers to end
+    (group,) = roll_out(Engine(model), tokenizer, task, [task.get_example(0)], [3], num_samples=128, max_new_tokens=16)
+    assert {r.sample.finish_reason for r in group} >= {"stop", "length"}
+    trained = token_logprobs(model, [r.piece for r in group], 3 * T, batch_size=4)
+    for r, logprobs in zip(group, trained, strict=True):
+        assert logprobs[len(r.prompt) :].tolist() == pytest.approx(r.sample.logprobs, abs=1e-4)
+        assert r.piece.mask[-1] == 1
 
 
 def test_a_tool_call_in_a_rollout_is_answered_and_its_answer_not_trained(tokenizer: Tokenizer) -> None:
