@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
@@ -49,10 +50,11 @@ def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
 
     Where positions jump back to p > 0, a further branch of the document begins: it sees itself and the first p tokens.
     """
-    document = (position_ids == 0).cumsum(-1)
-    run = torch.arange(position_ids.shape[-1], device=position_ids.device) - position_ids  # one number a branch, rising
-    begins = position_ids.gather(-1, torch.searchsorted(run, run))  # the position at which each token's branch began
-    same, before = run[:, :, None] == run[:, None, :], position_ids[:, None, :] < begins[:, :, None]
+    starts = F.pad(position_ids.diff() <= 0, (1, 0), value=True)
+    places = torch.arange(position_ids.shape[-1], device=position_ids.device)
+    first = torch.where(starts, places, 0).cummax(-1).values  # where each token's branch begins
+    begins, document = position_ids.gather(-1, first), (position_ids == 0).cumsum(-1)
+    same, before = first[:, :, None] == first[:, None, :], position_ids[:, None, :] < begins[:, :, None]
     shared = before & (document[:, :, None] == document[:, None, :])
     return (same | shared).tril()[:, None]
 

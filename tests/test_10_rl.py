@@ -67,7 +67,7 @@ class TwoTokens(torch.nn.Module):
         self.theta = torch.nn.Parameter(torch.tensor(theta))
 
     def forward(
-        self, inputs: torch.Tensor, targets: torch.Tensor, position_ids: torch.Tensor, weights: torch.Tensor
+        self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, position_ids: torch.Tensor
     ) -> torch.Tensor:
         assert inputs.shape == position_ids.shape
         logprobs = torch.stack((torch.zeros(()), self.theta)).log_softmax(0)
