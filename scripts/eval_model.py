@@ -109,12 +109,14 @@ def main() -> None:
     earlier = read_records(args.against) if args.against else {}
     found = measure(args, TASKS if args.task == "all" else (args.task,))
     about = {"model": args.model, "settings": {k: v if isinstance(v, int) else str(v) for k, v in asdict(args).items()}}
+    save(args.out, about, found)  # before what may turn out not to be comparable
     compared = {
         name: asdict(compare_records(earlier[name], found[name].records))
         for name in earlier.keys() & found.keys()
         if "samples" in found[name].records[0]
     }
-    save(args.out, about | ({"compared": compared} if args.against else {}), found)
+    if args.against:
+        save(args.out, about | {"compared": compared}, found)
     for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
         if "by_template" not in path:  # a long table: it is in the file
             print(" / ".join(path), "=", number)

@@ -340,6 +340,20 @@ def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Toke
     )
 
 
+def test_the_log_probabilities_trained_are_those_sampled_from_the_stop_token_too(
+    tokenizer: Tokenizer, task: GSM8K
+) -> None:
+    model = random_gpt(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.3  # flat enough for some answers to end
+    (group,) = roll_out(Engine(model), tokenizer, task, [task.get_example(0)], [3], num_samples=128, max_new_tokens=16)
+    assert {r.sample.finish_reason for r in group} >= {"stop", "length"}
+    trained = token_logprobs(model, [r.piece for r in group], 3 * T, batch_size=4)
+    for r, logprobs in zip(group, trained, strict=True):
+        assert logprobs[len(r.prompt) :].tolist() == pytest.approx(r.sample.logprobs, abs=1e-4)
+        assert r.piece.mask[-1] == 1
+
+
 def test_a_tool_call_in_a_rollout_is_answered_and_its_answer_not_trained(tokenizer: Tokenizer) -> None:
     called = [tokenizer.python_start, *tokenizer.encode("7*6"), tokenizer.python_end]
     forced = calculator_tool(tokenizer)(called)
