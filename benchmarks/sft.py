@@ -86,8 +86,8 @@ def main() -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, inputs: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Any:
-            return self.model(inputs, **kwargs)
+        def forward(self, inputs: torch.Tensor, **kwargs: Any) -> Any:
+            return self.model(inputs, **kwargs | {"position_ids": None})
 
     def ours(apart: bool) -> Turn:
         model = GPT(first.config)

@@ -191,7 +191,9 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"checkpoint-6: cannot be written .No space left.*MiB are free.* before step 6 are whole"):
+        with pytest.raises(
+            OSError, match=r"checkpoint-6: cannot be written .No space left.*MiB are free.* before step 6 are whole"
+        ):
             train(config)
     assert [path.name for path in checkpoints(config.out)] == ["checkpoint-3", "checkpoint-4"]
     assert not list(config.out.glob(".checkpoint*"))
