@@ -74,13 +74,8 @@ def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
         f"expected: {flops:.2g} FLOPs, {duration(seconds)} at {USUAL_MFU:.0%} of {devices} x {training.peak / 1e12:.2g} "
         f"TFLOP/s, {memory:.2g} GiB a device"
     )
-    return {"tokens": tokens, "flops": flops, "seconds": seconds, **memory_figures(config, memory)}
-
-
-def memory_figures(config: PretrainConfig, gib: float) -> dict[str, float]:
-    """Memory in all, and for each token of a forward pass."""
-    places = config.micro_batch_size * config.sequence_length
-    return {"memory_gib": gib, "memory_kb_per_token": gib * 2**30 / 1e3 / places}
+    kilobytes = memory * 2**30 / 1e3 / (config.micro_batch_size * T)
+    return {"flops": flops, "seconds": seconds, "memory_gib": memory, "memory_kb_per_token": kilobytes}
 
 
 def train(config: PretrainConfig) -> Result:
@@ -132,8 +127,9 @@ def train(config: PretrainConfig) -> Result:
         seen = (batch for batch, _ in islice(stream, counted // (micro * config.sequence_length)))
         ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)
         bpb = {"model": bits_per_byte(model, validation(20), tokenizer.token_bytes()), **ngrams}
-        grown = (peak_memory(accelerator.device.type) - memory) / 2**30
-        took = {"seconds": run.seconds(), **memory_figures(config, grown)}
+        grown = peak_memory(accelerator.device.type) - memory
+        took = {"seconds": run.seconds(), "memory_gib": grown / 2**30}
+        took["memory_kb_per_token"] = grown / 1e3 / (config.micro_batch_size * config.sequence_length)
         accelerator.print(
             f"took {duration(took['seconds'])} ({duration(expected['seconds'])} expected), "
             f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g}), {took['memory_kb_per_token']:.3g} kB a token"

@@ -324,9 +324,8 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_done_again(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
 @pytest.mark.parametrize("name", ["base", "sft"])
-def test_a_compiled_model_learns_the_same(
-    name: str, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("finished")
+def test_a_compiled_model_learns_the_same(name: str, stages: dict[str, Stage], tmp_path: Path) -> None:
     train, config = stages[name]
     train(replace(config, out=tmp_path / "compiled", compile=True))
     losses, expected = (
