@@ -36,12 +36,9 @@ class Batch:
     positions: Int64[Tensor, "B T"]
     """Place within the document: each 0 starts a new one, and attention does not look across it."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on a device; non_blocking copies to a GPU go through pinned memory, else they would block."""
-        tensors = (self.inputs, self.targets, self.weights, self.positions)
-        if non_blocking and torch.device(device).type == "cuda":
-            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in (self.inputs, self.targets, self.weights, self.positions)))
 
     def split(self, parts: int) -> "list[Batch]":
         """Its rows in as many smaller batches, or one a row where there are fewer rows."""
