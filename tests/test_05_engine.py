@@ -131,7 +131,7 @@ def test_samples_of_a_group_draw_their_first_tokens_independently_from_the_model
     assert probs.min() > 0.005
     assert probs.max() < 0.3
     assert chi_square(first.bincount(minlength=12), n * probs) < 4
-    pairs = {"neighbours": (first[:-1], first[1:]), "seeds": (first, other)}
+    pairs = {"neighbours": (first[:-1], first[1:]), "seeds": (first, other), "seed + 1": (first[1:], other[:-1])}
     for name, (a, b) in pairs.items():
         counts = (12 * a + b).bincount(minlength=144)
         assert chi_square(counts, len(a) * torch.outer(probs, probs).flatten()) < 4, name
