@@ -23,7 +23,10 @@ Product = Callable[..., Tensor]
 
 
 class Decoder:
-    """Reads the weights when they are first needed; `is_current` says whether any has changed since it was made."""
+    """Copies the weights when they are first needed, in fp32 on a CPU once for one row and once for more.
+
+    `is_current` says whether any has changed since it was made.
+    """
 
     def __init__(self, model: GPT) -> None:
         self.model, self.config = model, model.config
