@@ -56,7 +56,7 @@ class Piece:
     weight: float | np.ndarray = 1.0
     """Of the targets: one number (an advantage), or one for each of ids."""
     positions: np.ndarray | None = None
-    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model's document_mask."""
+    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.masks.document_mask."""
 
 
 class BestFit(Generic[V]):

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import edu.model
 from edu.losses import head_log_probs, head_weighted_sum
-from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, document_mask, rotary_angles
+from edu.masks import document_mask
+from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
 from edu.optim import MuonAdamW, make_optimizer, orthogonalize
 from edu.packing import IGNORE
 

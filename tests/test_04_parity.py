@@ -11,7 +11,8 @@ from test_04_model import random_gpt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edu.model import GPT, document_mask
+from edu.masks import document_mask
+from edu.model import GPT
 from edu.packing import IGNORE
 
 B, T = 3, 40
