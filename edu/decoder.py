@@ -33,9 +33,8 @@ class Decoder:
         self.read = _fingerprint(model)
         self.embedding = model.model.embed_tokens.weight
         self.arranged: dict[Product, tuple[list[tuple[Tensor, ...]], Tensor]] = {}
+        self.eps = at_least_fp32(self.embedding.new_full((), self.config.rms_norm_eps))  # as the model's norms
         device, H, K = self.embedding.device, self.config.num_attention_heads, self.config.kv_heads
-        # At least fp32, as the model's norms.
-        self.eps = at_least_fp32(self.embedding.new_full((), self.config.rms_norm_eps))
         positions = torch.arange(self.config.max_position_embeddings, device=device)[:, None]
         cos, sin = (angles[:, 0].expand(-1, H + K, -1) for angles in rotary_angles(positions, self.config))
         # Of every position and head, (S, H + 2K, D/2): a number to multiply pairs with. Values are not rotated.
@@ -76,14 +75,10 @@ class Decoder:
             heads = heads.to(x.dtype)
             cached = cache.insert_kv(i, heads[:, :, H:].view(B, T, 2, K, D).permute(0, 2, 3, 1, 4), at)
             keys, values = cached[:, :, :, :span].unbind(1)
-            if T == 1:
-                queries = heads[:, 0, :H].view(B, K, H // K, D)
-                y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
-            else:
-                queries = heads[:, :, :H].transpose(1, 2)  # (B, H, T, D)
-                y = F.scaled_dot_product_attention(
-                    queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-                ).transpose(1, 2)
+            queries = heads[:, 0, :H].view(B, K, H // K, D) if T == 1 else heads[:, :, :H].transpose(1, 2)
+            masking = {"attn_mask": mask, "is_causal": T > 1 and mask is None}
+            y = F.scaled_dot_product_attention(queries, keys, values, **masking, enable_gqa=T > 1)
+            y = y if T == 1 else y.transpose(1, 2)
             x = product(_filled(y.reshape(B * T, H * D), product), out, x)
             hidden = product(self._norm(x), fc1).relu_()
             x = product(hidden.mul_(hidden), fc2, x)
@@ -135,12 +130,8 @@ def ways(weight: Tensor, rows: int) -> tuple[Product, Callable[[Tensor], Tensor]
     """
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if rows > 1 and fp32_on_cpu and torch.backends.mkldnn.is_available():
-        return _product_packed, _pack
+        return _product_packed, torch.ops.mkldnn._reorder_linear_weight
     return _product, _transpose
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def _product_packed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Tensor:
