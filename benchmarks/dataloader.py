@@ -1,10 +1,11 @@
-"""Tokens/s that reach a batch: our loader beside bare encoding and beside `datasets`, on one core (3 minutes).
+"""Tokens/s that reach a batch: our loader beside bare encoding and beside `datasets`, on one core (2 minutes).
 
 Example: python benchmarks/dataloader.py --data data/fineweb-edu --tokenizer runs/d12/tokenizer
 
-Contenders take turns of some seconds, several rounds, in one process bound to one core; times are CPU seconds of all
+Contenders take turns of as many tokens, several rounds, in one process bound to one core; times are CPU seconds of all
 threads. Each turn stands beside a turn of bare encoding, and the ratio is of these two: how fast a core is depends on
-what its neighbours do. Only text tokens count, BOS and padding do not.
+what its neighbours do. Shown are the median and all but the lowest and the highest quarter. Only text tokens that reach
+a batch count, BOS and padding do not.
 """
 
 import itertools
@@ -31,10 +32,10 @@ class Args:
     """Folder written by scripts/train_tokenizer.py."""
     sequence_lengths: tuple[int, ...] = (1024, 256)
     """T of the rows; a batch holds 8 rows."""
-    rounds: int = 5
+    rounds: int = 8
     """Turns of each contender."""
-    seconds: float = 2.5
-    """CPU seconds of a turn; `lost` needs 10 million tokens in all to settle."""
+    tokens: int = 1_500_000
+    """Of a turn: more than `datasets` maps at once; `lost` needs 10 million in all to settle."""
 
 
 @dataclass
@@ -47,13 +48,16 @@ class Contender:
     speeds: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
-    def turn(self, seconds: float) -> float:
-        """One turn's tokens/s; the pause at its end lets work ahead of need finish within the turn it belongs to."""
+    def turn(self, least: int) -> float:
+        """One turn's tokens/s; work ahead of need is waited for, so that it falls in the turn it belongs to."""
         start, tokens = time.process_time(), 0
-        while time.process_time() - start < seconds:
+        while tokens < least:
             tokens += next(self.stream)
-        time.sleep(0.5)
-        return tokens / (time.process_time() - start)
+        seconds = 0.0
+        while time.process_time() - start > seconds + 1e-3:
+            seconds = time.process_time() - start
+            time.sleep(0.05)
+        return tokens / seconds
 
 
 def raw(paths: Sequence[Path], tokenizer: Any) -> Iterator[int]:
@@ -141,15 +145,15 @@ def main() -> None:
         next(contender.stream)
     for _ in range(args.rounds):
         for contender in contenders:
-            bare.speeds.append(bare.turn(args.seconds))
-            contender.speeds.append(contender.turn(args.seconds))
+            bare.speeds.append(bare.turn(args.tokens))
+            contender.speeds.append(contender.turn(args.tokens))
             contender.ratios.append(contender.speeds[-1] / bare.speeds[-1])
     print(f"{bare.name:24} {statistics.median(bare.speeds) / 1e3:5.0f}k tokens/s")
     for contender in contenders:
-        low, middle, high = (sorted(contender.ratios)[i] for i in (0, len(contender.ratios) // 2, -1))
+        low, middle, high = statistics.quantiles(contender.ratios, n=4)
         print(
             f"{contender.name:24} {statistics.median(contender.speeds) / 1e3:5.0f}k tokens/s, "
-            f"{middle:.2f} [{low:.2f}-{high:.2f}] of encoding alone  {contender.notes()}"
+            f"{middle:.3f} [{low:.3f}-{high:.3f}] of encoding alone  {contender.notes()}"
         )
 
 

@@ -54,6 +54,7 @@ def compare(folder: Path, rows: int) -> None:
     cases = {
         "logits, fp32": lambda model: model(ids).logits,
         "logits, padded on the left": lambda model: model(ids, attention_mask=padding).logits[padding.bool()],
+        "logits, every third position": lambda model: model(ids, position_ids=3 * torch.arange(context)[None]).logits,
         "logits, packed documents": lambda model: model(ids, **packed).logits,
         "loss of `labels`": lambda model: model(ids, labels=ids).loss[None],
         "gradients, all": lambda model: gradients(model, ids),
@@ -92,6 +93,7 @@ def compare(folder: Path, rows: int) -> None:
 def main() -> None:
     args = parse(Args)
     import torch
+    import transformers
     from transformers.utils import logging
 
     from edu.model import GPT, GPTConfig
@@ -99,6 +101,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.manual_seed(0)
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| what | stock | ours | largest difference | stock eager - sdpa |\n|--|--|--|--|--|")
     if args.model is not None:
         compare(args.model, args.rows)

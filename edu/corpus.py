@@ -92,7 +92,7 @@ def _files(seed: int, count: int) -> Iterator[tuple[str, Callable[[Path], Any]]]
 
 
 def _write_shard(path: Path, texts: list[str]) -> None:
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=ROWS_PER_GROUP)
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=ROWS_PER_GROUP, write_page_checksum=True)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> int:

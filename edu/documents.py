@@ -98,7 +98,8 @@ class Source:
             for texts in self._texts(shard, group) if len(rows) else ():
                 chosen = rows[done : np.searchsorted(rows, first + len(texts))]
                 if len(chosen):
-                    yield list(self._encode(texts.take(pa.array(chosen - first)), (epoch, shard, group), chosen))
+                    mine = texts if len(chosen) == len(texts) else texts.take(pa.array(chosen - first))
+                    yield list(self._encode(strings(mine), (epoch, shard, group), chosen))
                 done, first = done + len(chosen), first + len(texts)
                 if done == len(rows):
                     return
@@ -115,18 +116,24 @@ class Source:
             yield from ((number, group, rows) for group, rows in enumerate(shard.groups))
 
     def _texts(self, shard: int, group: int) -> Iterator[pa.Array]:
-        with pq.ParquetFile(self.shards[shard].path) as file:
+        with pq.ParquetFile(self.shards[shard].path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(CHUNK, row_groups=[group], columns=[self.column]):
                 texts = batch.column(0)
-                texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
-                yield texts.cast(pa.large_binary())
+                yield texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
 
-    def _encode(self, texts: pa.Array, group: tuple[int, int, int], rows: np.ndarray) -> Iterator[Document]:
-        """Bytes that are no UTF-8 become U+FFFD, rather than ending a run of days."""
-        plain = [(value or b"").decode("utf-8", "replace") for value in texts.to_pylist()]
-        encoded = iter(self.tokenizer.encode_batch([text for text in plain if text]))
-        for row, text in zip(rows.tolist(), plain, strict=True):
+    def _encode(self, texts: list[str | None], group: tuple[int, int, int], rows: np.ndarray) -> Iterator[Document]:
+        encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        for row, text in zip(rows.tolist(), texts, strict=True):
             yield Document((*group, row), next(encoded) if text else None)
+
+
+def strings(texts: pa.Array) -> list[str | None]:
+    """The texts of an array; bytes that are no UTF-8 become U+FFFD, rather than ending a run of days."""
+    try:
+        return texts.to_pylist()
+    except UnicodeDecodeError:
+        values = texts.cast(pa.large_binary()).to_pylist()
+        return [value and value.decode("utf-8", "replace") for value in values]
 
 
 def scan_shard(path: Path, column: str, on_bad: Literal["error", "skip"]) -> Shard:

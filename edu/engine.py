@@ -1,8 +1,8 @@
 """Sample from a GPT: many prompts at once, several samples of each, rows that finish make room for those that wait.
 
 `generate_naive` is the definition: the whole sequence through the model for every token. `Engine` gives the same tokens
-from a cache of keys and values: a prompt is computed once by the model (prefill), its cache row is copied for each sample,
-then every step computes one token a row (`edu.decoder`). Rows have lengths of their own: nothing is padded on the left.
+from a cache of keys and values (`edu.decoder`): a prompt is computed once (prefill), its cache row is copied for each
+sample, then every step computes one token a row. Rows have lengths of their own: nothing is padded on the left.
 
 B rows, K samples of a prompt, V vocabulary.
 """
@@ -17,9 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from edu.decoder import Decoder
-from edu.fused import at_least_fp32
 from edu.kv_cache import KVCache
-from edu.losses import softcap
 from edu.model import GPT
 from edu.sampling import Sample, check_request, sample_tokens
 
@@ -36,11 +34,11 @@ PREFILL_CHUNK = 1024
 class _Row:
     """One sample being decoded."""
 
-    prompt: int
-    number: int
     length: int
     limit: int
     sample: Sample
+    random: Callable[[], float]
+    """The next of its own uniform numbers."""
     forced: deque[int] = field(default_factory=deque)
 
 
@@ -56,17 +54,17 @@ class Engine:
     def prefill(self, prompts: Sequence[list[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Float[Tensor, "B V"]:
         """Fill an empty cache with prompts, padded on the right, and return the logits after each one's last token.
 
-        The model itself computes them, `chunk` positions of all prompts at a time.
+        `chunk` positions of all prompts are computed at a time.
         """
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         width = max(map(len, prompts))
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)
         last = torch.empty(len(prompts), self.config.hidden_size, dtype=cache.memory.dtype, device=self.device)
         for start in range(0, width, chunk):
-            hidden = self.model.model(ids[:, start : start + chunk], cache=cache).last_hidden_state
+            hidden = self.decoder.extend(ids[:, start : start + chunk], [start] * len(prompts), cache)
             ends = ((start < lengths) & (lengths <= start + chunk)).nonzero().squeeze(1)
             last[ends] = hidden[ends, lengths[ends] - 1 - start]
-        return softcap(at_least_fp32(self.model.lm_head(last)), self.config.final_logit_softcapping)
+        return self.decoder.logits(last)
 
     def generate(
         self,
@@ -125,15 +123,15 @@ class Engine:
         2. Choose each row's next token: forced by its tool, or sampled.
         3. Drop the finished rows, moving rows from the end into their places, and decode the others.
         """
-        check_request(prompts, seed, max_new_tokens, self.config.max_position_embeddings, options)
+        context = self.config.max_position_embeddings
+        check_request(prompts, samples, seed, max_new_tokens, context, self.config.vocab_size, options)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         K = len(samples[0]) if samples else 0
         capacity = max(K, min(self.max_rows, K * len(prompts)))
-        context = min(self.config.max_position_embeddings, max(map(len, prompts), default=0) + max_new_tokens)
+        room = min(context, max(map(len, prompts), default=0) + max_new_tokens)
         if not self.decoder.is_current:
             self.decoder = Decoder(self.model)
-        cache = KVCache(capacity, context, self.model)
-        draws = torch.empty(capacity, max_new_tokens)
+        cache = KVCache(capacity, room, self.model)
         waiting, rows = deque(range(len(prompts))), list[_Row]()
         logits = torch.empty(0, self.config.vocab_size, device=self.device)
         while waiting or rows:
@@ -148,19 +146,18 @@ class Engine:
                 at = range(len(rows), len(rows) + len(forks))
                 cache.copy_rows(list(at), [place for place, _, _ in forks], longest, fresh)
                 logits = torch.cat((logits, first.repeat_interleave(K, 0)))
-                for row, (_, i, k) in zip(at, forks, strict=True):
-                    limit = min(max_new_tokens, self.config.max_position_embeddings - len(prompts[i]))
-                    rows.append(_Row(i, k, len(prompts[i]), limit, samples[i][k]))
-                    draws[row] = torch.from_numpy(np.random.default_rng((seeds[i], k)).random(max_new_tokens))
-            steps = torch.tensor([len(row.sample.tokens) for row in rows])
-            uniforms = draws[: len(rows)].gather(1, steps[:, None]).squeeze(1).to(self.device)
+                for _, i, k in forks:
+                    limit = min(max_new_tokens, context - len(prompts[i]))
+                    draws = np.random.default_rng((seeds[i], k))
+                    rows.append(_Row(len(prompts[i]), limit, samples[i][k], draws.random))
+            uniforms = torch.tensor([row.random() for row in rows], device=self.device)
             chosen, logprobs = sample_tokens(logits, uniforms, **options)
             live = [
                 _advance(row, token, logprob, stop_tokens, tool)
                 for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
             ]
             yield
-            rows = self._compact(rows, live, cache, draws)
+            rows = self._compact(rows, live, cache)
             if rows:
                 newest = torch.tensor([row.sample.tokens[-1] for row in rows], device=self.device)
                 logits = self.decoder.step(newest, [row.length for row in rows], cache)
@@ -170,13 +167,12 @@ class Engine:
                 logits = logits[:0]
 
     @staticmethod
-    def _compact(rows: list[_Row], live: list[bool], cache: KVCache, draws: Tensor) -> list[_Row]:
+    def _compact(rows: list[_Row], live: list[bool], cache: KVCache) -> list[_Row]:
         """Close the gaps of finished rows with rows from the end; the live ones are the cache's first rows again."""
         count = sum(live)
         gaps = [i for i in range(count) if not live[i]]
         movers = [i for i in range(count, len(rows)) if live[i]]
         cache.copy_rows(gaps, movers, max((rows[i].length for i in movers), default=0))
-        draws[gaps] = draws[movers]
         for gap, mover in zip(gaps, movers, strict=True):
             rows[gap] = rows[mover]
         return rows[:count]

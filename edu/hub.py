@@ -153,10 +153,10 @@ def _public(value: object) -> str:
 
 
 def _course(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table of the metrics over the steps: the first step, then ten spans, each by its last step.
+    """Header and lines of a table of the metrics over the steps: first step, ten spans, each by its last step, curves.
 
     >>> _course([{"step": 0, "bpb": 4}, {"step": 1, "loss": 6}, {"step": 2, "loss": 5, "bpb": 3}])[1]
-    [['0', '', '4'], ['1', '6', ''], ['2', '5', '3']]
+    [['0', '', '4'], ['1', '6', ''], ['2', '5', '3'], ['curve', '█▁', '█▁']]
     """
     known = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
     # The loss of RL weighs log-probabilities by advantages: it says nothing about progress.
@@ -169,7 +169,15 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
         found = [[row[name] for row in span if isinstance(row.get(name), int | float)] for name in names]
         if any(found):
             lines.append([f"{end:,}", *(f"{sum(values) / len(values):.4g}" if values else "" for values in found)])
-    return [STEP, *names], lines
+    curves = [_curve([float(line[i]) for line in lines if line[i]]) for i in range(1, len(names) + 1)]
+    return [STEP, *names], [*lines, ["curve", *curves]] if lines else []
+
+
+def _curve(values: Sequence[float]) -> str:
+    """The values as bars, from the least to the greatest of them: `▁▂▃▄▅▆▇█`."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0), max(finite, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in finite)
 
 
 def _write_eval_results(path: Path, card: Card) -> None:
@@ -196,7 +204,10 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
     """
     from httpx2 import TransportError
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     except HFValidationError as error:
@@ -210,7 +221,7 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
             login = f"run `hf auth login` with a token that may {may} it, or set HF_TOKEN"
             raise ValueError(f"{said}; check the name, or {login}") from error
         raise ConnectionError(f"{said}; try again later") from error
-    except (TransportError, RuntimeError) as error:  # RuntimeError: a file's upload failed for good
+    except (TransportError, RuntimeError, ConnectionError) as error:  # the last two: a file's upload failed for good
         why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
         raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
 
@@ -222,12 +233,9 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
     Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
     folder = Path(name)
     if is_hub_id(name):
-        if not sys.stderr.isatty():
-            disable_progress_bars()
         with hub_errors(f"--model {name}", may="read"):
             folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
     elif not folder.is_dir():

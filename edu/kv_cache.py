@@ -34,12 +34,15 @@ class KVCache(Cache):
         return self.memory.transpose(0, 1)
 
     def insert_kv(
-        self, layer: int, kv: Float[Tensor, "B 2 K T D"], positions: Int[Tensor, "B T"]
+        self, layer: int, kv: Float[Tensor, "B 2 K T D"], positions: Int[Tensor, "B T"] | slice
     ) -> Float[Tensor, "B 2 K S D"]:
-        """Write new keys and values of the first B rows at their positions; return those rows' cache."""
-        B, cached = len(positions), self.memory[layer]
-        cached[self.rows[:B, None], :, :, positions] = kv.permute(0, 3, 1, 2, 4)  # (B, T, 2, K, D)
-        return cached[:B]
+        """Write keys and values of the first B rows at their positions, or all at the same; return those rows' cache."""
+        cached = self.memory[layer, : len(kv)]
+        if isinstance(positions, slice):
+            cached[:, :, :, positions] = kv
+        else:
+            cached[self.rows[: len(kv), None], :, :, positions] = kv.permute(0, 3, 1, 2, 4)  # (B, T, 2, K, D)
+        return cached
 
     def copy_rows(self, targets: list[int], sources: list[int], length: int, source: "KVCache | None" = None) -> None:
         """Copy the first `length` positions of rows of `source` (or this cache) to rows of this cache."""

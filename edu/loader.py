@@ -177,7 +177,7 @@ def validation_batches(
             yield group[rank]
         else:
             nothing = np.full((batch_size, sequence_length + 1), IGNORE)
-            yield shift(nothing, np.tile(np.arange(sequence_length + 1), (batch_size, 1)), pad=tokenizer.bos)
+            yield shift(nothing, np.tile(np.arange(sequence_length), (batch_size, 1)), pad=tokenizer.bos)
 
 
 def check_state(state: LoaderState, fresh: LoaderState) -> None:

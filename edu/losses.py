@@ -60,13 +60,14 @@ class _WeightedSum(torch.autograd.Function):
             slope = slope.to(hidden.dtype)
             grad_hidden[part] = slope @ weight
             grad_weight += slope.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grads[0], grad_weight * grads[0], None, None, None
+        return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.dtype), None, None, None
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:

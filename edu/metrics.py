@@ -40,6 +40,7 @@ ENTROPY = "entropy"
 KL = "kl"
 CLIP_RATIO = "clip_ratio/region_mean"
 PASS_AT_1 = "eval/pass@1"
+PASS_AT_K = "eval/pass@k"
 
 DEFINITIONS = {
     STEP: "optimizer steps taken since the stage began",
@@ -62,6 +63,7 @@ DEFINITIONS = {
     KL: "divergence from the reference model (k3 estimate), mean over sampled tokens and updates of the step, in nats",
     CLIP_RATIO: "share of sampled tokens whose probability ratio was clipped, over all updates of the step",
     PASS_AT_1: "share of samples that are right on held-out problems, mean over problems",
+    PASS_AT_K: "share of held-out problems that at least one of k samples solves, k the largest power of two in --eval-samples",
 }
 
 

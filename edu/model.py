@@ -25,6 +25,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from edu.attention import attend_in_quarters, eager_attention_forward, mask_for
 from edu.fused import relu_squared, rms_norm
 from edu.gpt_config import GPTConfig
 from edu.losses import head_log_probs, head_weighted_sum, softcap
@@ -42,45 +43,6 @@ def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> F
     """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).type_as(x)
-
-
-def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
-    """(B, 1, T, T), True where a query may look: not ahead, and within its own document (positions restart at 0)."""
-    document = (position_ids == 0).cumsum(-1)
-    same = document[:, :, None] == document[:, None, :]
-    return same.tril()[:, None]
-
-
-def attend_in_quarters(attend: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, None]:
-    """A quarter of the queries after the other, each with the keys up to its last one: 5/8 of the work under a causal mask.
-
-    On a CPU documents apart would else cost a sixth of a step at T=1024 (docs/benchmarks.md): kernels skip what a mask
-    hides only where they are told `is_causal`, and then take no mask.
-    """
-    T = q.shape[2]
-    size = -(-T // 4)
-    ends = [(start, min(start + size, T)) for start in range(0, T, size)]
-    parts = [attend(q[:, :, a:b], k[:, :, :b], v[:, :, :b], mask[:, :, a:b, :b])[0] for a, b in ends]
-    return torch.cat(parts, dim=1), None
-
-
-def eager_attention_forward(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention as written in the paper, for `attn_implementation="eager"`; (B, H, T, D) in, (B, T, H, D) out."""
-    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        allowed = attention_mask if attention_mask.dtype == torch.bool else None
-        scores = scores + attention_mask if allowed is None else scores.masked_fill(~allowed, float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class Head(nn.Linear):
@@ -120,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         )
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)  # (B, K, S, D)
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, K, S, D); paged attention changes kwargs
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
@@ -229,7 +191,7 @@ class GPTModel(GPTPreTrainedModel):
         cos_sin = rotary_angles(position_ids, self.config)
         kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
         x = rms_norm(x, self.config.rms_norm_eps)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
             x = layer(x, cos_sin, **kwargs)
         return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
 
@@ -269,7 +231,9 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         Hugging Face model: shifted inside, -100 ignored.
         """
         if targets is not None:
-            mask = None if position_ids is None else document_mask(position_ids)
+            if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):
+                raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
+            mask = None if position_ids is None else mask_for(self.config._attn_implementation, position_ids)
             hidden = self.model(
                 input_ids=input_ids,
                 attention_mask=mask,

@@ -55,6 +55,8 @@ class Piece:
     """1 where the token is a target to learn, 0 where it is only read; as long as ids."""
     weight: float | np.ndarray = 1.0
     """Of the targets: one number (an advantage), or one for each of ids."""
+    positions: np.ndarray | None = None
+    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model's document_mask."""
 
 
 class BestFit(Generic[V]):
@@ -159,7 +161,7 @@ def collate(rows: Sequence[Sequence[Piece]], sequence_length: int, pad: int = 0)
             inputs[b, place] = ids[:-1]
             targets[b, place] = np.where(mask, ids, IGNORE)[1:]
             weights[b, place] = np.where(mask, piece.weight, 0.0)[1:]
-            positions[b, place] = np.arange(len(ids) - 1)
+            positions[b, place] = np.arange(len(ids) - 1) if piece.positions is None else piece.positions[:-1]
         positions[b, at:] = np.arange(T - at)
     return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))
 
@@ -184,7 +186,7 @@ class StreamPacker:
         self.tokens = 0  # waiting in the buffer, BOS included
         self.dropped = 0  # thrown away so far
         self._bos = np.array([bos], np.int32).data
-        self._ramp = np.arange(sequence_length + 1, dtype=np.int32).data
+        self._ramp = np.arange(sequence_length + 1).data
         self._unfilled = np.full(sequence_length + 1, IGNORE, np.int32).data
 
     def add(self, place: Key, ids: np.ndarray) -> None:
@@ -199,55 +201,53 @@ class StreamPacker:
     def batch(self, batch_size: int, refill: Callable[[], None]) -> Batch | None:
         """The next rows, full unless the documents run out; None when there were none left to start with.
 
-        refill is called before each choice, to keep the buffer as full as its owner wants it.
+        refill is called first, and whenever there are fewer documents than before, to keep as many as its owner wants.
         """
         parts: list[memoryview] = []  # BOS, ids, BOS, ids, ...
-        sizes: list[int] = []  # of each piece, its BOS included
+        ramps: list[memoryview] = []  # the positions of each piece, as far as they are inputs
+        refill()
         for _ in range(batch_size):
-            room = self._row(parts, sizes, refill)
+            room = self._row(parts, ramps, refill)
             if room:
                 parts.append(self._unfilled[:room])
-                sizes.append(room)
+                ramps.append(self._ramp[: room - 1])
         if parts[0] is not self._bos:
             return None
-        shape = batch_size, len(self._ramp)
-        ramps = [self._ramp[:size] for size in sizes]
-        tokens, positions = (np.frombuffer(b"".join(x), np.int32).reshape(shape) for x in (parts, ramps))
+        tokens = np.frombuffer(b"".join(parts), np.int32).reshape(batch_size, -1)
+        positions = np.frombuffer(bytearray().join(ramps), np.int64).reshape(batch_size, -1)
         return shift(tokens, positions, self._bos[0])
 
-    def _row(self, parts: list[memoryview], sizes: list[int], refill: Callable[[], None]) -> int:
-        """Append one row's pieces, each BOS and ids, and their sizes; gives the room that is left for want of documents."""
-        buffer, room = self.buffer, len(self._ramp)
-        refill()
+    def _row(self, parts: list[memoryview], ramps: list[memoryview], refill: Callable[[], None]) -> int:
+        """Append one row's pieces, each BOS and ids, and their positions; gives the room left for want of documents."""
+        buffer, ramp, room = self.buffer, self._ramp, len(self._ramp)
         key = buffer.oldest()
         while key:
             parts.append(self._bos)
             if room == 1:  # the BOS alone: what follows it is not read, and the document stays whole
-                sizes.append(1)
                 return 0
             ids, size = buffer.pop(key), key[0]
             self.tokens -= size
-            if size > room:  # cut
-                if self.carry:
-                    self._put((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
-                else:
-                    self.dropped += size - room
-                ids, size = ids[: room - 1], room
-            parts.append(ids)
-            sizes.append(size)
-            room -= size
-            if not room:
+            if size > room and self.carry:
+                self._put((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
+            else:
+                refill()
+            if size >= room:
+                self.dropped += 0 if self.carry else size - room
+                parts.append(ids[: room - 1])
+                ramps.append(ramp[: room - 1])
                 return 0
-            refill()
+            parts.append(ids)
+            ramps.append(ramp[:size])
+            room -= size
             key = buffer.fitting(room) or (buffer.oldest() if self.carry or not len(buffer) else buffer.smallest())
         return room
 
 
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
-    """The Batch of rows of T + 1 tokens, (B, T + 1) integers each; IGNORE marks places at the end that are not filled."""
+    """The Batch of rows of T + 1 tokens and T positions; IGNORE marks places at the end that are not filled."""
     inputs, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
     weights = np.ones(targets.shape, np.float32)
     if tokens[-1, -1] == IGNORE:
         weights[targets == IGNORE] = 0
         inputs[inputs == IGNORE] = pad
-    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions[:, :-1].astype(np.int64))))
+    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))

@@ -20,8 +20,19 @@ from edu.loop import Result, StepData, Training, split_rows
 from edu.measure import measure_chat, read_measures, read_task, show_answers
 from edu.model import GPT
 from edu.objective import normaliser, surrogate, token_share
-from edu.packing import pack_rows
-from edu.rollouts import Rollout, draw, fitting, roll_out, seed_of, show_group, shuffled, summarise, token_logprobs
+from edu.rollouts import (
+    Rollout,
+    assemble,
+    draw,
+    fitting,
+    lay_out,
+    roll_out,
+    seed_of,
+    show_group,
+    shuffled,
+    summarise,
+    token_logprobs,
+)
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
 from edu.step import Term
@@ -76,7 +87,15 @@ def train(config: RLConfig) -> Result:
                 limit=config.eval_problems,
                 quiet=True,
             )
-        return {metrics.PASS_AT_1: evaluation.summary["pass@1"]["value"]}
+        passes = [figure["value"] for name, figure in evaluation.summary.items() if name.startswith("pass@")]
+        if config.num_problems is not None:
+            right = [sum(sample["reward"] == 1.0 for sample in record["samples"]) for record in evaluation.records]
+            print(
+                f"{len(right)} problems, step {step}: {passes[0] * len(right):.1f} right as a mean of {config.eval_samples} "
+                f"samples; of each: {' '.join(map(str, right))}",
+                flush=True,
+            )
+        return {metrics.PASS_AT_1: passes[0], metrics.PASS_AT_K: passes[-1]}
 
     if not training.fit(steps.next_data, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
@@ -144,27 +163,25 @@ class Reinforcement:
 
     def updates(self, step: int, rollouts: list[Rollout], figures: dict[str, float]) -> Iterator[list[Term]]:
         """The terms of each update on a step's rollouts, the same rows with new weights."""
-        config, T, pad = self.config, self.context, self.tokenizer.pad
+        config, T, pad, size = self.config, self.context, self.tokenizer.pad, self.config.micro_batch_size
         lengths = [r.length for r in rollouts]
         # Without advantage there is no gradient but the KL's: such rollouts count in N, and are not computed.
         useful = [r for r in rollouts if r.advantage != 0 or config.kl]
         left_out = sum(lengths) - sum(r.length for r in useful)
         count = normaliser(lengths, config.normalization, config.max_new_tokens)
-        rows = pack_rows([r.piece for r in useful], T)
-        passes = max(gather_object([-(-len(rows) // config.micro_batch_size)])) or 1
-        parts = [rows[i * config.micro_batch_size :][: config.micro_batch_size] for i in range(passes)]
+        parts = lay_out([r.piece for r in useful], T, size)
+        parts += [[] for _ in range(max(1, *gather_object([len(parts)])) - len(parts))]
         others = []
         if self.replay is not None:
             again = self.replay.rows(step * config.replay_rows, config.replay_rows)
-            micro = split_rows(again, config.micro_batch_size, self.accelerator)
+            micro = split_rows(again, size, self.accelerator)
             others.append(Term(batches_of(micro, T, pad), config.replay_weight))
         for weights in self.weights(useful, sum(lengths), figures):
             pieces = [
                 replace(r.piece, weight=weight * token_share(r.length, config.normalization))
                 for r, weight in zip(useful, weights, strict=True)
             ]
-            batches = batches_of([[[pieces[i] for i in row] for row in part] for part in parts], T, pad)
-            yield [Term(batches, left_out=left_out, count=count), *others]
+            yield [Term([assemble(part, pieces, pad) for part in parts], left_out=left_out, count=count), *others]
 
     def weights(
         self, rollouts: list[Rollout], tokens: int, figures: dict[str, float]

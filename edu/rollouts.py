@@ -6,6 +6,7 @@ only read. It is sampled at temperature 1 from the full softmax, so the log-prob
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
 
@@ -17,7 +18,7 @@ from edu.chat import calculator_tool, render_prompt, stream_text
 from edu.engine import Engine, Sample
 from edu.model import GPT
 from edu.objective import Advantage, advantages
-from edu.packing import Piece, collate, pack_rows
+from edu.packing import Batch, Piece, collate, pack_rows
 from edu.tasks import Example, Subset, Task, score
 from edu.tokenizer import Tokenizer
 
@@ -84,21 +85,80 @@ def roll_out(
     return rollouts
 
 
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Answers to one prompt as one piece, so that the prompt is computed once.
+
+    Each further answer is a branch: it repeats the prompt's last token, which predicts its first own one, at that token's
+    position. Attention, and so every log-probability, is that of the answer alone (`edu.model.document_mask`).
+
+    >>> both = joined([Piece([5, 6, 7], [0, 0, 1]), Piece([5, 6, 8, 9], [0, 0, 1, 1])])
+    >>> both.ids.tolist(), both.mask.tolist(), both.positions.tolist()
+    ([5, 6, 7, 6, 8, 9], [0, 0, 1, 0, 1, 1], [0, 1, 2, 1, 2, 3])
+    """
+    starts = [0] + [_prompt(pieces[0]) - 1] * (len(pieces) - 1)
+    fields = [(p.ids, p.mask, np.broadcast_to(p.weight, len(p.ids)), np.arange(len(p.ids))) for p in pieces]
+    kept = [[np.asarray(each)[start:] for each in parts] for start, parts in zip(starts, fields, strict=True)]
+    return Piece(*map(np.concatenate, zip(*kept, strict=True)))
+
+
+def _prompt(piece: Piece) -> int:
+    """How many tokens stand before the first target."""
+    return int(np.argmax(piece.mask))
+
+
+Part = list[list[list[int]]]
+"""A micro-batch of rows of joined pieces, each as indices of answers."""
+
+
+def lay_out(pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[Part]:
+    """Answers to the same prompt, which are neighbours, joined by as many as fit a row, about as many in each; then rows.
+
+    >>> lay_out([Piece([7] * 4 + [i], [0, 0, 0, 0, 1]) for i in range(3)], sequence_length=6, batch_size=4)
+    [[[[0, 2]], [[1]]]]
+    """
+
+    def tokens(share: list[int]) -> int:
+        """Of the branches."""
+        return sum(len(pieces[i].ids) + 1 - _prompt(pieces[i]) for i in share)
+
+    bundles = list[list[int]]()
+    for _, group in groupby(range(len(pieces)), key=lambda i: list(pieces[i].ids[: _prompt(pieces[i])])):
+        members = sorted(group, key=lambda i: -len(pieces[i].ids))
+        room, shares = sequence_length + 2 - _prompt(pieces[members[0]]), [members]
+        while max(map(tokens, shares)) > room and len(shares) < len(members):
+            shares = [list[int]() for _ in range(len(shares) + 1)]
+            for i in members:
+                min(shares, key=tokens).append(i)
+        bundles += shares
+    rows = pack_rows([joined([pieces[i] for i in bundle]) for bundle in bundles], sequence_length)
+    return [[[bundles[i] for i in row] for row in rows[at : at + batch_size]] for at in range(0, len(rows), batch_size)]
+
+
+def assemble(part: Part, pieces: Sequence[Piece], pad: int = 0) -> Batch:
+    """A micro-batch as long as its longest row; one of no rows becomes a token with nothing to learn."""
+    rows = [[joined([pieces[i] for i in bundle]) for bundle in row] for row in part] or [[]]
+    return collate(rows, max(1, *(sum(len(piece.ids) - 1 for piece in row) for row in rows)), pad)
+
+
 @torch.no_grad()
 def token_logprobs(model: GPT, pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[np.ndarray]:
     """Log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
 
-    The rows are packed as in training, so what is trained next has these very log-probabilities.
+    The rows are laid out as in training, so what is trained next has these very log-probabilities.
     """
     found = [np.zeros(len(piece.ids)) for piece in pieces]
-    rows = pack_rows(pieces, sequence_length)
-    for part in (rows[at : at + batch_size] for at in range(0, len(rows), batch_size)):
-        batch = collate([[pieces[i] for i in row] for row in part], sequence_length).to(model.device)
+    for part in lay_out(pieces, sequence_length, batch_size):
+        batch = assemble(part, pieces).to(model.device)
         logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions).double().cpu().numpy()
         for line, row in zip(logprobs, part, strict=True):
-            ends = np.cumsum([len(pieces[i].ids) - 1 for i in row])
-            for i, said in zip(row, np.split(line, ends), strict=False):  # what is left over is padding
-                found[i][1:] = said
+            at = 0
+            for bundle in row:
+                at += (prompt := _prompt(pieces[bundle[0]])) - 1
+                for i in bundle:
+                    own = len(pieces[i].ids) - prompt
+                    found[i][prompt:] = line[at : at + own]
+                    at += own + 1
+                at -= 1
     return found
 
 

@@ -39,31 +39,44 @@ def sample_tokens(
     if temperature == 0:
         best = logits.argmax(-1)
         return best, logits.log_softmax(-1).gather(1, best[:, None]).squeeze(1)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
     if min_p is not None:
         logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(min_p), float("-inf"))
     if top_p is not None:
-        probs, order = logits.softmax(-1).sort(descending=True)
-        outside = probs.cumsum(-1) - probs >= top_p  # the first token that reaches top_p is still inside
+        sorted_probs, order = logits.softmax(-1).sort(descending=True)
+        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token that reaches top_p is still inside
         logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.exp().cumsum(-1)
+    probs = logits.softmax(-1)
+    cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]
     # Below the total, so that the token found has a probability of its own even if rounding made u * total the total.
     point = torch.minimum(uniforms[:, None].to(total.dtype) * total, total.nextafter(torch.zeros_like(total)))
     tokens = torch.searchsorted(cumulative, point, right=True)
-    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+    return tokens.squeeze(1), probs.gather(1, tokens).squeeze(1).log()
 
 
 def check_request(
-    prompts: Sequence[list[int]], seed: int | Sequence[int], max_new_tokens: int, context: int, options: dict
+    prompts: Sequence[list[int]],
+    samples: Sequence[list[Sample]],
+    seed: int | Sequence[int],
+    max_new_tokens: int,
+    context: int,
+    vocabulary: int,
+    options: dict,
 ) -> None:
     """Refuse what cannot be sampled, with a message that says why."""
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < context:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens: the context holds 1 to {context - 1} and an answer")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(
+                f"prompt {i} has tokens {min(prompt)} to {max(prompt)}: the model knows 0 to {vocabulary - 1}"
+            )
+    if not all(samples):
+        raise ValueError("num_samples=0: ask for at least one")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: ask for at least one")
     if not isinstance(seed, int) and len(seed) != len(prompts):

@@ -23,9 +23,11 @@ import numpy as np
 from edu.chat import Rendered, render
 from edu.command import read_yaml
 from edu.packing import Batch, Piece, collate, pack_rows
-from edu.tasks import read_rows, text_field
+from edu.tasks import hub_rows, read_rows, text_field
 from edu.tasks.gsm8k import conversation
 from edu.tokenizer import Tokenizer
+
+TURNS = (("from", "value"), ("role", "content"))  # how a turn names who speaks and what
 
 
 @dataclass(frozen=True)
@@ -104,11 +106,8 @@ def read_source(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
         ):
             yield f"{source.path}, row {i}", row
         return
-    import datasets
-
     assert source.hub is not None
-    for i, row in enumerate(datasets.load_dataset(source.hub, source.config, split=source.split)):
-        yield f"{source.hub}, row {i}", dict(row)
+    yield from hub_rows(source.hub, source.config, source.split)
 
 
 def messages_of(row: dict[str, Any], place: str) -> list[Any]:
@@ -127,8 +126,30 @@ def messages_of(row: dict[str, Any], place: str) -> list[Any]:
         return conversation(question, answer)
     form = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
     raise ValueError(
-        f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer"
+        f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer; "
+        f"convert each row, for instance (with your own names): row = {conversion(row)}"
     )
+
+
+def conversion(row: dict[str, Any]) -> str:
+    """A line of Python that makes a conversation of a row of another form, by the row's own names as far as can be guessed.
+
+    >>> conversion({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]})
+    '{"messages": [{"role": {"human": "user", "gpt": "assistant"}.get(m["from"], m["from"]), "content": m["value"]} for m in row["conversations"]]}'
+    >>> conversion({"instruction": "Say hi.", "output": "Hi."})
+    '{"prompt": row["instruction"], "completion": row["output"]}'
+    """
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            role, content = next((pair for pair in TURNS if value[0].keys() >= {*pair}), TURNS[0])
+            known = '{"human": "user", "gpt": "assistant"}'
+            return (
+                f'{{"messages": [{{"role": {known}.get(m["{role}"], m["{role}"]), "content": m["{content}"]}} '
+                f'for m in row["{name}"]]}}'
+            )
+    names = [name for name, value in row.items() if isinstance(value, str) and value]
+    asked, said = (names[0], names[-1]) if len(names) > 1 else ("QUESTION", "ANSWER")
+    return f'{{"prompt": row["{asked}"], "completion": row["{said}"]}}'
 
 
 def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_every: int = 20) -> SFTData:

@@ -109,7 +109,10 @@ class Tokenizer:
         """`encode` in bulk: one read-only uint32 array a text, without a Python list between."""
 
         def encode(text: str) -> np.ndarray:
-            return self._bpe.encode_to_numpy(clean(text), disallowed_special=())
+            try:
+                return self._bpe.encode_to_numpy(text, disallowed_special=())
+            except UnicodeEncodeError:  # a lone surrogate; to look for one in every text would cost more
+                return self._bpe.encode_to_numpy(clean(text), disallowed_special=())
 
         if threads == 1:
             return [encode(text) for text in texts]

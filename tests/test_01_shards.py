@@ -404,6 +404,25 @@ def test_kill_9_leaves_no_bad_file_and_a_rerun_goes_on(plan: Plan, tmp_path: Pat
     assert int(plan.gets()[1]["range"].removeprefix("bytes=").removesuffix("-")) >= 8000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(16))
+def test_kill_9_at_any_moment_leaves_the_right_file_or_none(plan: Plan, tmp_path: Path, moment: int) -> None:
+    """From the request on, through the transfer, the check, the rename and the manifest, to after the end."""
+    plan.delay, final = 0.02, tmp_path / "shard_00000.parquet"
+    process = child(plan, tmp_path)
+    while not plan.log:
+        assert process.poll() is None
+        time.sleep(0.001)
+    time.sleep(0.02 * moment)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not final.exists() or final.read_bytes() == SHARD
+    plan.delay = 0
+    assert get(plan, tmp_path).read_bytes() == SHARD
+    assert names(tmp_path) == {"shard_00000.parquet"}
+    assert verify_folder(tmp_path) == []
+
+
 def test_two_processes_and_two_threads_make_one_download(plan: Plan, tmp_path: Path) -> None:
     plan.delay = 0.1  # per 4 KB: long enough for all to arrive
     processes = [child(plan, tmp_path) for _ in range(2)]

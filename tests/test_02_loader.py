@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -88,6 +89,19 @@ def test_resuming_from_batch_k_gives_batch_k_plus_1(
         for (batch, state_a), (resumed, state_b) in zip(whole[k + 1 :], rest, strict=True):
             assert same(batch, resumed)
             assert state_a == state_b
+
+
+def test_resuming_is_exact_where_the_buffer_is_bounded_by_its_tokens(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents of ten rows: what is cut off leaves room in the buffer, and none of its documents."""
+    monkeypatch.setattr("edu.loader.BUFFER_TOKENS", 100)
+    whole = list(stream_batches(shards, TOKENIZER, 4, 6, epochs=2))
+    assert max(len(state.buffer) for _, state in whole) < 12
+    for k, (_, saved) in enumerate(whole):
+        rest = list(stream_batches(shards, TOKENIZER, 4, 6, state=saved, epochs=2))
+        assert len(rest) == len(whole) - k - 1
+        assert all(same(a, b) and s == t for (a, s), (b, t) in zip(whole[k + 1 :], rest, strict=True))
 
 
 def test_states_of_an_endless_stream_resume_across_epochs(shards: list[Path]) -> None:
@@ -229,6 +243,56 @@ def test_data_that_goes_bad_during_the_run_ends_it(tmp_path: Path) -> None:
         damage(path, group)
     with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match="process 0 of 1 finds no text"):
         list(stream)
+
+
+@pytest.mark.parametrize("how", ["damaged", "removed", "cut short"])
+def test_one_shard_that_goes_bad_during_the_run_is_named_or_skipped_and_counted_by_all_ranks(
+    shards: list[Path], how: str
+) -> None:
+    """It lies behind what is read ahead of need."""
+    paths = [
+        write(shards[0].with_name("first.parquet"), texts_of(100, 8)),
+        write(shards[1], texts_of(400, 9), 500),
+        shards[2],
+    ]
+
+    def run(on_bad: Literal["error", "skip"]) -> list[list[tuple[Batch, LoaderState]]]:
+        good = paths[1].read_bytes()
+        options: Any = {"epochs": 1, "on_bad": on_bad, "buffer_size": 1}
+        streams = [stream_batches(paths, TOKENIZER, 1, 8, rank, 2, **options) for rank in range(2)]
+        found = [[next(stream)] for stream in streams]
+        if how == "damaged":
+            damage(paths[1], 0)
+        elif how == "removed":
+            paths[1].unlink()
+        else:
+            paths[1].write_bytes(good[: len(good) // 2])
+        try:
+            for stream, batches in zip(streams, found, strict=True):
+                batches.extend(stream)
+        finally:
+            paths[1].write_bytes(good)
+        return found
+
+    with pytest.raises(ValueError, match=r"shard_00001.parquet: row group 0 cannot be read .*; download"):
+        run("error")
+    with pytest.warns(UserWarning, match=r"shard_00001.parquet: row group 0 cannot be read .* 200 rows are left out"):
+        found = run("skip")
+    assert [batches[-1][1].corrupt for batches in found] == [200, 200]
+    kept = tokens_of([batch for batches in found for batch, _ in batches])
+    assert kept == bytes_of(all_texts([paths[0], paths[2]]))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_flipped_bit_is_seen_where_pages_have_checksums(tmp_path: Path, compression: str) -> None:
+    table = pa.table({"text": [np.random.default_rng(i).bytes(30).hex() for i in range(200)]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression=compression, use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet: row group 0 cannot be read \(.*CRC"):
+        list(stream_batches([path], TOKENIZER, 2, 32, epochs=1))
 
 
 def test_an_unreadable_shard_is_skipped_by_choice(shards: list[Path]) -> None:

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import edu.model
+from edu.attention import document_mask
 from edu.losses import head_log_probs, head_weighted_sum
-from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, document_mask, rotary_angles
+from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
 from edu.optim import MuonAdamW, make_optimizer, orthogonalize
 from edu.packing import IGNORE
 
@@ -187,6 +188,14 @@ def test_long_rows_attend_in_quarters_to_the_same(model: GPT, monkeypatch: pytes
 def test_document_mask_by_hand() -> None:
     mask = document_mask(torch.tensor([[0, 1, 0, 1]]))[0, 0].int().tolist()
     assert mask == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_a_branch_sees_itself_and_what_was_before_it_in_its_document() -> None:
+    mask = document_mask(torch.tensor([[0, 0, 1, 2, 1, 2, 1, 0, 1]]))[0, 0].int().tolist()
+    assert mask[3] == [0, 1, 1, 1, 0, 0, 0, 0, 0]
+    assert mask[5] == [0, 1, 0, 0, 1, 1, 0, 0, 0]
+    assert mask[6] == [0, 1, 0, 0, 0, 0, 1, 0, 0]
+    assert mask[8] == [0, 0, 0, 0, 0, 0, 0, 1, 1]
 
 
 def test_odd_sizes_are_refused_by_name() -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_04_model import random_gpt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from edu.attention import document_mask
 from edu.model import GPT
 from edu.packing import IGNORE
 
@@ -68,6 +70,35 @@ def test_logits_loss_and_gradients_equal_stock(pair: tuple[GPT, PreTrainedModel]
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_a_larger_model_is_as_near_to_stock_as_stocks_own_attentions_are_to_each_other(tmp_path: Path) -> None:
+    """Where 1e-5 says nothing: stock's eager and sdpa attention differ by rounding alone, and ours at most twice that."""
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 6}
+    labels = IDS.clone()
+    labels[:, :8] = -100  # what stands before the text predicts its first token anyhow
+    random_gpt(**sizes, num_key_value_heads=3, vocab_size=512).save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    sdpa, eager = (AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=a) for a in ("sdpa", "eager"))
+
+    def computed(model: PreTrainedModel, inputs: dict[str, Any]) -> list[Tensor]:
+        found = model(IDS, labels=labels, **inputs)
+        return [text_of(found.logits, inputs), torch.cat([g.flatten() for g in gradients(model, found.loss)])]
+
+    for name, inputs in INPUTS.items():
+        for a, b, c in zip(*(computed(model, inputs) for model in (sdpa, ours, eager)), strict=True):
+            assert 0 < (a - b).abs().max() <= 2 * (a - c).abs().max(), name
+
+
+def test_hidden_states_and_attention_weights_equal_stock(pair: tuple[GPT, PreTrainedModel]) -> None:
+    for model in pair:
+        model.set_attn_implementation("eager")
+    ours, stock = (m(IDS, attention_mask=MASK, output_hidden_states=True, output_attentions=True) for m in pair)
+    for model in pair:
+        model.set_attn_implementation("sdpa")
+    assert (len(ours.hidden_states), len(ours.attentions)) == (3, 2)
+    for a, b in zip(ours.hidden_states + ours.attentions, stock.hidden_states + stock.attentions, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
 def test_padding_and_packing_change_no_logit(pair: tuple[GPT, PreTrainedModel]) -> None:
     for model in pair:
         padded, packed = (model(IDS, **INPUTS[name]).logits for name in ("left padding", "packed"))
@@ -78,11 +109,13 @@ def test_padding_and_packing_change_no_logit(pair: tuple[GPT, PreTrainedModel]) 
 
 
 def test_bf16_is_as_near_to_fp32_as_stock(folder: Path) -> None:
-    exact = GPT.from_pretrained(folder)(IDS).logits
+    exact = GPT.from_pretrained(folder)
     models = [kind.from_pretrained(folder, dtype=torch.bfloat16) for kind in (GPT, AutoModelForCausalLM)]
-    ours, stock = ((model(IDS).logits - exact).abs() for model in models)
-    assert 0 < ours.mean() < 1.1 * stock.mean()
-    assert ours.max() < 2 * stock.max()
+    for inputs in INPUTS.values():
+        right = text_of(exact(IDS, **inputs).logits, inputs)
+        ours, stock = ((text_of(model(IDS, **inputs).logits, inputs) - right).abs() for model in models)
+        assert 0 < ours.mean() < 1.1 * stock.mean()
+        assert ours.max() < 2 * stock.max()
 
 
 def test_what_stock_saves_we_load(folder: Path, tmp_path: Path) -> None:
@@ -126,12 +159,52 @@ def test_attention_implementations_agree(kind: type, name: str, folder: Path) ->
             found, expected = (text_of(model(IDS, **inputs).logits, inputs) for model in (other, sdpa))
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
             assert not torch.equal(found, expected), "the same kernel ran twice"
+        if kind is GPT:
+            found, expected = (model(IDS, targets=IDS, position_ids=PACKED) for model in (other, sdpa))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """What flash attention computes of what transformers gives it: (B, T, H, D), a mask of padding, positions."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    positions = options["position_ids"]
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    if mask is not None:
+        allowed = allowed & mask[:, None, None].bool()
+    elif len(positions) == 1 and len(positions[0]) == k.shape[2]:
+        allowed = document_mask(positions)
+    bias = torch.zeros(allowed.shape).masked_fill(~allowed, -1e9)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=options["softmax_scale"], enable_gqa=True)
+    return y.transpose(1, 2)
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_flash_attention_is_transformers_own(version: int, folder: Path) -> None:
+def test_flash_attention_goes_through_transformers_interface(
+    version: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package needs a GPU, so its kernel alone is a stand-in here; without it, transformers says what to install."""
     with pytest.raises(ImportError, match=f"FlashAttention{version}.*install"):
         GPT.from_pretrained(folder, attn_implementation=f"flash_attention_{version}")
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", kernel)
+    sdpa, flash = (GPT.from_pretrained(folder) for _ in range(2))
+    flash.config._attn_implementation = f"flash_attention_{version}"
+    for name, case in INPUTS.items():
+        rows = slice(0, 1) if name == "packed" else slice(None)  # flash attention tells documents apart in one row only
+        inputs = {key: x[rows] if isinstance(x, Tensor) else x for key, x in case.items()}
+        found, expected = (model(IDS[rows], **inputs).logits for model in (flash, sdpa))
+        mask = inputs.get("attention_mask", torch.ones(len(found), T)).bool()
+        torch.testing.assert_close(found[mask], expected[mask], atol=1e-5, rtol=0)
+    prompt = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(flash.generate(**prompt), sdpa.generate(**prompt))
+    with pytest.raises(ValueError, match=f"flash_attention_{version} would mix packed documents"):
+        flash(IDS, targets=IDS, position_ids=PACKED)
+    torch.testing.assert_close(flash(IDS, targets=IDS), sdpa(IDS, targets=IDS), atol=1e-5, rtol=0)
+
+
+def test_what_targets_would_not_heed_is_refused(folder: Path) -> None:
+    for other in ({"attention_mask": MASK}, {"labels": IDS}):
+        with pytest.raises(ValueError, match="targets= goes with input_ids and position_ids alone"):
+            GPT.from_pretrained(folder)(IDS, targets=IDS, **other)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

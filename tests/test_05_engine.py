@@ -141,16 +141,16 @@ def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> N
     assert wide.tensor.numel() == 4 * narrow.tensor.numel(), "a quarter of the heads takes a quarter of the memory"
 
 
-def test_prompts_of_very_different_lengths_are_not_padded_to_the_longest() -> None:
+def test_prompts_of_very_different_lengths_are_not_padded_to_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_gpt(vocab_size=50, max_position_embeddings=1024)
     widths = list[int]()
-    forward = model.model.forward
+    extend = Decoder.extend
 
-    def watched(input_ids: torch.Tensor, **options: object) -> object:
-        widths.extend([input_ids.shape[1]] * len(input_ids))
-        return forward(input_ids=input_ids, **options)
+    def watched(self: Decoder, tokens: torch.Tensor, lengths: list[int], cache: KVCache) -> torch.Tensor:
+        widths.extend([tokens.shape[1]] * len(tokens) if tokens.shape[1] > 1 else [])
+        return extend(self, tokens, lengths, cache)
 
-    model.model.forward = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(Decoder, "extend", watched)
     prompts = [[1 + i % 7] * (600 if i in (3, 5) else 4 + i) for i in range(8)]
     together = Engine(model).generate(prompts, max_new_tokens=5, temperature=0)
     assert sorted(widths) == [11] * 6 + [600] * 2

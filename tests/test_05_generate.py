@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from test_04_model import random_gpt
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
 
 from edu.engine import Engine, KVCache, generate_naive
@@ -60,6 +60,8 @@ def test_beams_fork_our_cache_as_they_fork_transformers_own(model: GPT, inputs: 
     assert expected != [tokens for tokens in new_tokens(model, inputs) for _ in range(2)]
     cache = KVCache(9, inputs["input_ids"].shape[1] + NEW, model)
     assert new_tokens(model, inputs, num_beams=3, num_return_sequences=2, cache=cache) == expected
+    static = StaticCache(config=model.config, max_cache_len=cache.get_max_length())
+    assert new_tokens(model, inputs, num_beams=3, num_return_sequences=2, cache=static) == expected
 
 
 @pytest.mark.parametrize("draft", ["itself", "another"])
@@ -70,7 +72,12 @@ def test_assisted_decoding_rolls_our_cache_back(model: GPT, inputs: dict[str, to
     assert new_tokens(model, one, assistant_model=assistant) == expected
     cache = KVCache(1, one["input_ids"].shape[1] + NEW, model)
     assert new_tokens(model, one, assistant_model=assistant, cache=cache) == expected
-    assert new_tokens(model, one, prompt_lookup_num_tokens=3) == expected
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}):
+        assert new_tokens(model, one, **options) == expected
+    static = StaticCache(config=model.config, max_cache_len=one["input_ids"].shape[1] + NEW)
+    assert new_tokens(model, one, assistant_model=assistant, cache=static) == expected
+    with pytest.raises(ValueError, match="only supported for batch_size = 1"):
+        new_tokens(model, inputs, assistant_model=assistant)
 
 
 def test_a_cache_that_is_too_small_says_so(model: GPT, inputs: dict[str, torch.Tensor]) -> None:
@@ -91,3 +98,26 @@ def test_our_cache_takes_a_prompt_in_pieces(model: GPT) -> None:
     cache, ids = KVCache(1, 16, model), torch.tensor([PROMPTS[1]])
     pieces = [model(ids[:, part], cache=cache).logits for part in (slice(0, 4), slice(4, 5), slice(5, 9))]
     torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_has_its_old_name_too_with_a_warning(model: GPT) -> None:
+    """transformers 5.24 calls past_key_values cache; what was written before still runs."""
+    ids = torch.tensor([PROMPTS[1]])
+    with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated .* `GPT.forward`. Use `cache`"):
+        first = model(ids[:, :4], past_key_values=KVCache(1, 16, model))
+    assert first.past_key_values is first["past_key_values"] is first.cache
+    torch.testing.assert_close(model(ids[:, 4:], cache=first.cache).logits, model(ids).logits[:, 4:], atol=1e-5, rtol=0)
+    expected = new_tokens(model, {"input_ids": ids})
+    with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated .* `GPT.generate`. Use `cache`"):
+        assert new_tokens(model, {"input_ids": ids}, past_key_values=KVCache(1, 9 + NEW, model)) == expected
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_gives_the_tokens_of_one_by_one(attention: str) -> None:
+    model = random_gpt(vocab_size=50, seed=3)
+    expected = [list(generate_naive(model, prompt, NEW)) for prompt in PROMPTS]
+    model.set_attn_implementation(attention)
+    model.generation_config.update(do_sample=False, eos_token_id=-1, pad_token_id=PAD)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=256)  # else it takes most of the memory there is
+    outputs = model.generate_batch(PROMPTS, max_new_tokens=NEW, continuous_batching_config=small)
+    assert [output.generated_tokens for output in outputs.values()] == expected

@@ -1,8 +1,18 @@
 """Laws of the chat: the hand-written rendering, the Jinja template and the way back all say the same."""
 
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +28,10 @@ from edu.chat import (
     stream_text,
     tool_call,
 )
+from edu.packing import Piece
+from edu.sft_data import Epochs, load_sft_data
 from edu.tokenizer import Tokenizer
+from tests.hub_server import serve
 
 
 def system(content: str) -> dict[str, Any]:
@@ -282,3 +295,100 @@ def test_calculator_refuses_what_is_not_arithmetic(tokenizer: Tokenizer) -> None
             force([tokenizer.python_start, *tokenizer.encode(text), tokenizer.python_end])
     with pytest.raises(ValueError, match="never began"):
         force([tokenizer.python_end])
+
+
+OTHER_FORMS = [
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "id": 1},
+    {"chat": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+    {"instruction": "Hi", "input": "", "output": "Hello!"},
+]
+
+
+@pytest.mark.parametrize("row", OTHER_FORMS, ids=["ShareGPT", "named otherwise", "Alpaca"])
+def test_another_form_is_refused_with_the_line_that_converts_it(
+    row: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The line that is shown is run, and what it gives is read."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"row 1: fields .*; convert each row") as caught:
+        load_sft_data(path, tokenizer, 64)
+    line = str(caught.value).partition("names): row = ")[2]
+    (tmp_path / "convert.py").write_text(f"convert = lambda row: {line}\n")
+    converted = runpy.run_path(str(tmp_path / "convert.py"))["convert"](row)
+    path.write_text((json.dumps(converted) + "\n") * 2)
+    data = load_sft_data(path, tokenizer, 64, val_every=10**6)
+    assert [piece.ids.tolist() for piece in data.train] == [
+        render([user("Hi"), assistant("Hello!")], tokenizer).ids
+    ] * 2
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def test_a_mixture_takes_the_hubs_data_sets_by_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Over HTTP, from a server that stands for the Hub, in a fresh process that reads HF_ENDPOINT."""
+    tokenizer.save(tmp_path / "tokenizer")
+    chats = [{"messages": [user(f"hub {i}"), assistant("Yes.")], "source": "x"} for i in range(30)]
+    chats.append({"messages": [user("a"), user("b")], "source": "x"})
+    problems = [{"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}"} for i in range(8)]
+    (tmp_path / "mine.jsonl").write_text((json.dumps({"messages": SUM[:1] + SUM[-1:]}) + "\n") * 3)
+    mixture = [
+        {"hub": "HuggingFaceTB/smol-smoltalk", "weight": 0.5},
+        {"hub": "openai/gsm8k", "config": "main", "weight": 3},
+        {"path": str(tmp_path / "mine.jsonl"), "weight": 2},
+    ]
+    (tmp_path / "mixture.yaml").write_text(json.dumps(mixture))
+    code = (
+        "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
+        "from pathlib import Path; from edu.sft_data import load_sft_data; from edu.tokenizer import Tokenizer\n"
+        f"folder = Path({str(tmp_path)!r}); tokenizer = Tokenizer.load(folder / 'tokenizer')\n"
+        "data, again = (load_sft_data(folder / 'mixture.yaml', tokenizer, 64, 10**6) for _ in range(2))\n"
+        "texts, others = ([piece.ids.tolist() for piece in each.train] for each in (data, again))\n"
+        "print(data.describe(), len(texts), texts == others, sep='\\n')"
+    )
+    readme = "---\nconfigs:\n- config_name: {}\n  data_files:\n  - split: train\n    path: {}/train-*\n---\n"
+    with serve() as hub:
+        for name, config, rows in [
+            ("HuggingFaceTB/smol-smoltalk", "default", chats),
+            ("openai/gsm8k", "main", problems),
+        ]:
+            files = {"README.md": readme.format(config, config).encode(), f"{config}/train-0.parquet": parquet(rows)}
+            hub.add(f"datasets/{name}", files)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.splitlines() == [
+        "HuggingFaceTB/smol-smoltalk: 30 used, 1 no conversation in order",
+        "openai/gsm8k: 8 used",
+        f"{tmp_path / 'mine.jsonl'}: 3 used",
+        str(30 // 2 + 8 * 3 + 3 * 2),
+        "True",
+    ], done.stderr
+
+
+def test_rows_of_a_step_depend_on_the_step_alone_and_an_epoch_has_every_piece_once() -> None:
+    """So a resumed run, which asks for its first rows late, sees what an uninterrupted one would have seen."""
+    pieces = [Piece(np.full(2 + i % 9, i), np.ones(2 + i % 9)) for i in range(50)]
+
+    def content(rows: list[list[Piece]]) -> list[list[int]]:
+        return [[int(piece.ids[0]) for piece in row] for row in rows]
+
+    whole = content(Epochs(pieces, 16, seed=3).rows(0, 120))
+    for first in (0, 7, 40, 100, 3):
+        assert content(Epochs(pieces, 16, seed=3).rows(first, 11)) == whole[first : first + 11]
+    at, orders = 0, []
+    for _ in range(3):
+        seen: list[int] = []
+        while len(seen) < 50:
+            seen += whole[at]
+            at += 1
+        assert Counter(seen) == Counter(range(50))
+        orders.append(seen)
+    assert orders[0] != orders[1] != orders[2]
+    assert content(Epochs(pieces, 16, seed=4).rows(0, 120)) != whole

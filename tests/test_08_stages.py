@@ -81,7 +81,14 @@ def test_every_stage_leaves_a_stock_model_and_its_figures(
     figures = json.loads((finished["rl"].out / "eval.json").read_text())
     assert {"greedy", "sampled"} <= figures["math"].keys()
     names = {name for row in steps_of(finished["rl"].out) for name in row}
-    assert {"reward", "frac_reward_zero_std", "completions/mean_length", "eval/pass@1", "entropy"} <= names
+    assert {
+        "reward",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "eval/pass@1",
+        "eval/pass@k",
+        "entropy",
+    } <= names
 
 
 class Crash(BaseException):

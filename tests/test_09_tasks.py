@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,7 +258,7 @@ def test_without_a_path_the_rows_come_from_the_hub(monkeypatch: pytest.MonkeyPat
         asked.append((args, options))
         return [{"question": "q", "answer": "a\n#### 3"}]
 
-    monkeypatch.setitem(__import__("sys").modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert GSM8K("test", config="socratic").get_example(0)["answer"] == "3"
     assert asked == [(("openai/gsm8k", "socratic"), {"split": "test"})]
 

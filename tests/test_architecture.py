@@ -1,6 +1,7 @@
 """The map is kept: imports go one way, files stay small, and the documents name no machine."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels, or from its left on its own line. A new module gets its place here.
 LEVELS = [
-    "durable command plan config resume metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config model kv_cache decoder optim calculator sampling",
+    "durable command plan config resume metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config attention model kv_cache decoder optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
     "nanochat problems world corpus persona teacher identity sft_data objective rollouts",
     "bits evals measure report",
@@ -28,6 +29,7 @@ MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/tmp/", "C:\\", *HERE)
 
 LIBRARY = sorted((ROOT / "edu").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")]
 
 
 def name_of(path: Path) -> str:
@@ -142,9 +144,14 @@ def test_code_is_not_squeezed_to_meet_a_budget() -> None:
             assert len(starts) == len(set(starts)), f"{name_of(path)}: two statements on one line"
 
 
+def test_every_link_of_the_documents_leads_somewhere() -> None:
+    for path in DOCUMENTS:
+        links = re.findall(r"\]\(([^)#:]+)[)#]", path.read_text())
+        assert not [link for link in links if not (path.parent / link).exists()], name_of(path)
+
+
 def test_documents_and_code_name_no_machine() -> None:
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")]
     settings = [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "accelerate_configs").rglob("*.yaml")]
-    for path in [*documents, *settings, *LIBRARY, *SCRIPTS]:
+    for path in [*DOCUMENTS, *settings, *LIBRARY, *SCRIPTS]:
         found = [place for place in MACHINE_PATHS if place in path.read_text()]
         assert not found, f"{name_of(path)} names {found}"

@@ -126,7 +126,6 @@ def test_the_page_prints_what_it_says(name: str, expected: str, printed: dict[st
     assert_printed(printed[name], expected)
 
 
-@pytest.mark.slow
 def test_transformers_serves_a_checkpoint_to_the_openai_client(home: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -1,6 +1,7 @@
 """What is pushed is a model that strangers can use, whoever loads it; and no push that fails costs anything."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,7 +137,7 @@ def test_a_card_says_what_made_the_model_how_it_went_how_good_it_is_and_how_to_u
         "| max_steps | 200 |",
         "| mine.jsonl | 600 used |",
         "| step | reward |\n| --- | --- |\n| 2 | 0.075 |",
-        "| 20 | 0.975 |",
+        "| 20 | 0.975 |\n| curve | ▁▂▃▃▄▅▆▆▇█ |",
         "parameters in 2 layers",
         "## Limits",
     ):
@@ -146,10 +147,13 @@ def test_a_card_says_what_made_the_model_how_it_went_how_good_it_is_and_how_to_u
 
 
 def test_a_card_of_a_base_model_shows_text_not_chat_and_needs_no_figures(tmp_path: Path) -> None:
+    write_card(tmp_path, Card(course=[{"step": 1, "loss": math.nan}]))
+    assert "| 1 | nan |" in (tmp_path / "README.md").read_text()
     write_card(tmp_path, Card())
     text = (tmp_path / "README.md").read_text()
     assert '"role"' not in text
     assert "## Evaluation" not in text
+    assert "## Course" not in text
     assert yaml.safe_load(text.split("---")[1])["tags"] == ["edu-chat", "nanochat", "base"]
 
 
@@ -217,11 +221,15 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     readme = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n---\n"
     files = {"README.md": readme.encode(), "main/train-00000-of-00001.parquet": table.getvalue().to_pybytes()}
     hub.add("datasets/openai/gsm8k", files)
+    hub.add("datasets/you/secret", files, private=True)
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from edu.hub import model_folder; from edu.tasks.gsm8k import GSM8K\n"
+        "from edu.hub import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
         "task = GSM8K('train'); print(len(task), task.get_example(0)['answer'], model_folder('me/tiny').parent.parent)"
     )
+    refused = run(hub, tmp_path, "-c", f"{code}; list(hub_rows('you/secret', None, 'train'))")
+    assert "ValueError: you/secret: no such data set, or none that you may read" in refused.stderr
+    assert "`hf auth login`" in refused.stderr
     first = run(hub, tmp_path, "-c", code)
     assert first.stdout.split() == ["3", "2", str(tmp_path / "hub" / "models--me--tiny")], first.stderr
     hub.log.clear()
@@ -261,6 +269,18 @@ def test_a_push_that_fails_says_why_changes_nothing_and_can_be_done_again(
     push(checkpoint, "me/tiny")
     assert set(here.files("models/me/tiny")) >= PUSHED
     assert contents(checkpoint) == before
+
+
+def test_a_push_through_xet_that_fails_says_why_too(
+    here: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The Hub's own way for large files, which the server here has not: nothing but its absence is tried."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(ConnectionError, match=r"--repo me/tiny: the connection to the Hub failed \(.*xet-write-token"):
+        push(checkpoint, "me/tiny")
+    assert set(here.files("models/me/tiny")) == {".gitattributes"}
+    assert capfd.readouterr().err == ""
 
 
 def test_a_push_that_cannot_work_says_what_to_do(

@@ -49,7 +49,6 @@ def home(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the harness's own
 def test_lm_eval_gives_our_greedy_figure_problem_by_problem(home: Path) -> None:
     lm_eval: Any = pytest.importorskip("lm_eval")
@@ -57,7 +56,7 @@ def test_lm_eval_gives_our_greedy_figure_problem_by_problem(home: Path) -> None:
         model="hf",
         model_args={"pretrained": str(home / "model"), "device": "cpu", "dtype": "float32"},
         tasks=["edu_tiny"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(TASKS)),
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(TASKS), include_defaults=False),
         apply_chat_template=True,
         batch_size=4,
         bootstrap_iters=0,

@@ -193,6 +193,19 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: no rows; the file is empty")
 
 
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a data set of the Hub, each with its place; ValueError says how to read one that is not for everyone."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        data = load_dataset(name, config, split=split)
+    except DatasetNotFoundError as error:
+        reason = f"{name}: no such data set, or none that you may read"
+        raise ValueError(f"{reason}; check the name, or run `hf auth login`, or set HF_TOKEN") from error
+    yield from ((f"{name}, row {number}", dict(row)) for number, row in enumerate(data, start=1))
+
+
 def text_field(row: dict[str, Any], name: str, place: str) -> str:
     """A row's field that has to be text with something in it."""
     value = row.get(name)

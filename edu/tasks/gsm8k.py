@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edu.tasks import Example, read_rows, text_field
+from edu.tasks import Example, hub_rows, read_rows, text_field
 
 MAX_ANSWERS = 2  # answers a completion may print: its last one counts, so this allows it to correct itself once
 MISSING = "{path}: no such file. The embedded problems are made by: python scripts/download_shards.py --source tiny"
@@ -105,10 +105,7 @@ class GSM8K:
 
     def __init__(self, split: str, path: str | Path | None = None, config: str = "main") -> None:
         if path is None:
-            import datasets
-
-            data = datasets.load_dataset("openai/gsm8k", config, split=split)
-            rows = [(f"openai/gsm8k {config} {split}, row {i}", dict(row)) for i, row in enumerate(data, start=1)]
+            rows = list(hub_rows("openai/gsm8k", config, split))
         else:
             file = Path(path) if Path(path).suffix == ".jsonl" else Path(path) / f"{split}.jsonl"
             if not file.is_file():
