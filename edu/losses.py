@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from edu.fused import at_least_fp32
+from edu.fused import at_least_fp32, product
 from edu.packing import IGNORE
 
 CHUNK = 1024
@@ -45,7 +45,7 @@ class _WeightedSum(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), at_least_fp32(torch.zeros_like(weight))
         total = grad_weight.new_zeros(())
         for part in _chunks(hidden):
-            logits = at_least_fp32(hidden[part] @ weight.T)
+            logits = at_least_fp32(product(hidden[part], weight))
             w = weights[part, None].to(logits.dtype)
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
@@ -58,7 +58,7 @@ class _WeightedSum(torch.autograd.Function):
             if cap is not None:
                 slope.addcmul_(slope, logits.square_(), value=-1 / cap**2)
             slope = slope.to(hidden.dtype)
-            grad_hidden[part] = slope @ weight
+            grad_hidden[part] = product(slope, weight.mT)
             grad_weight += slope.T @ hidden[part]
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype

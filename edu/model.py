@@ -25,7 +25,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from edu.fused import relu_squared, rms_norm
+from edu.fused import Linear, relu_squared, rms_norm
 from edu.gpt_config import GPTConfig
 from edu.losses import head_log_probs, head_weighted_sum, softcap
 from edu.masks import attend_in_quarters, mask_for
@@ -64,11 +64,11 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The linear layer that gives the logits: it starts near zero."""
 
 
-class OutputLinear(nn.Linear):
+class OutputLinear(Linear):
     """A linear layer that writes to the residual stream: it starts at zero."""
 
 
@@ -81,9 +81,9 @@ class CausalSelfAttention(nn.Module):
         self.config, self.layer_idx, self.head_dim = config, layer_idx, D
         # transformers' attention functions read these three.
         self.num_key_value_groups, self.scaling, self.is_causal = H // K, D**-0.5, True
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.q_proj = Linear(C, H * D, bias=False)
+        self.k_proj = Linear(C, K * D, bias=False)
+        self.v_proj = Linear(C, K * D, bias=False)
         self.o_proj = OutputLinear(H * D, C, bias=False)
 
     def forward(
@@ -117,7 +117,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.fc2 = OutputLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
