@@ -6,8 +6,8 @@ All contenders hold the same random weights and give the same greedy tokens, whi
 rounds, in one process bound to one core; times are CPU seconds. "equal": prompts of 64 tokens, all samples go to the
 end. "ragged": prompts of 8 to 64 tokens and stop tokens that end samples early, the shape of rollouts; only tokens up to
 the stop count. "faster by": the median of the rounds' ratios, and the least and greatest.
-Beside them three limits in tokens/s: a step that only reads the weights, one that only multiplies at the rate of a large
-product, and one that only does its own products, the sharpest: no program that uses them is faster.
+Beside them three limits in tokens/s: a step that only reads the weights and what is cached half-way, one that only multiplies at
+the rate of a large product, and one that only does its own products: no program that uses them is faster.
 """
 
 import os
@@ -86,8 +86,8 @@ def uncached(model: Any) -> Generate:
     return generate
 
 
-def limits(model: Any, rows: int) -> str:
-    """Tokens/s of a step for so many rows that only reads, multiplies at full rate, or does its own products."""
+def limits(model: Any, rows: int, length: int) -> str:
+    """Tokens/s of a step for so many rows of so many tokens that only reads, multiplies, or does its own products."""
     import torch
 
     from edu.decoder import Decoder, ways
@@ -105,8 +105,9 @@ def limits(model: Any, rows: int) -> str:
         square_product, arrange = ways(model.lm_head.weight, 1024)
         large, square = torch.randn(1024, 1024), arrange(torch.randn(1024, 1024))
         weights = [p for name, p in model.named_parameters() if "embed" not in name]
-        count, flat = sum(p.numel() for p in weights), torch.cat([p.flatten() for p in weights])
-        config, hidden = model.config, torch.randn(rows, model.config.hidden_size)
+        config, count = model.config, sum(p.numel() for p in weights)
+        cached = rows * length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+        flat, hidden = torch.ones(count + cached), torch.randn(rows, config.hidden_size)
         inputs = [torch.randn(rows, n) for n in (config.hidden_size,) * 3 + (config.intermediate_size,)]
         read = seconds(flat.sum)
         multiply = seconds(lambda: square_product(large, square)) * count * rows / 1024**3
@@ -184,7 +185,7 @@ def main() -> None:
                         end = time.process_time()
                         firsts[name].append(1e3 * (first - start))
                         speeds[name].append(sum(map(len, tokens[name])) / (end - first))
-                limit = limits(model, batch)
+                limit = limits(model, batch, PROMPT + args.new_tokens // 2)
                 for name in present:
                     faster, sooner = spread(speeds["ours"], speeds[name]), spread(firsts[name], firsts["ours"])
                     print(

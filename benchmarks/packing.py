@@ -47,7 +47,7 @@ def main() -> None:
     from edu.bits import bits_per_byte
     from edu.config import PretrainConfig
     from edu.loader import stream_batches
-    from edu.loop import optimizer_settings
+    from edu.loop import RATES
     from edu.optim import lr_factor, make_optimizer
     from edu.pretrain import make_model
     from edu.runtime import compute_init
@@ -63,7 +63,9 @@ def main() -> None:
         rows, steps = args.step_tokens // T, args.tokens // args.step_tokens
         config = PretrainConfig(seed=seed, sequence_length=T, max_steps=steps)
         model: Any = make_model(config, tokenizer)
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, **optimizer_settings(config)))
+        rates = {name: getattr(config, name) for name in RATES}
+        optimizer = make_optimizer(model, **rates, weight_decay=0.0)
+        model, optimizer = accelerator.prepare(model, optimizer)
         stream, documents = stream_batches(shards, tokenizer, rows, T, **packing), 0
         for step, (batch, state) in enumerate(islice(stream, steps)):
             optimizer.optimizer.set_lr(lr_factor(step, steps, config.warmup, config.decay))

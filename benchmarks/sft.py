@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -79,10 +79,21 @@ def main() -> None:
     def adamw(model: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
 
+    class Together(torch.nn.Module):
+        """The model without positions, so without a mask: rows as one document each."""
+
+        def __init__(self, model: GPT) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs: torch.Tensor, **kwargs: Any) -> Any:
+            return self.model(inputs, **kwargs | {"position_ids": None})
+
     def ours(apart: bool) -> Turn:
         model = GPT(first.config)
         model.load_state_dict(first.state_dict())
         optimizer: Any = Accelerator(cpu=True).prepare(adamw(model))
+        trained = model if apart else Together(model)
         epochs, done = Epochs([Piece(ids, mask) for ids, mask in chats], T), [0]
 
         def turn() -> tuple[int, float]:
@@ -91,9 +102,7 @@ def main() -> None:
             for _ in range(args.steps):
                 rows = epochs.rows(done[0] * B, B)
                 (batch,) = batches_of([rows], T, 0)
-                if not apart:
-                    batch = replace(batch, positions=torch.arange(T).expand(B, T))
-                train_step(accelerator, model, optimizer, [Term([batch])])
+                train_step(accelerator, trained, optimizer, [Term([batch])])
                 tokens += sum(len(piece.ids) for row in rows for piece in row)
                 done[0] += 1
             return tokens, time.process_time() - start

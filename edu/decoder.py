@@ -23,7 +23,10 @@ Product = Callable[..., Tensor]
 
 
 class Decoder:
-    """Reads the weights when they are first needed; `is_current` says whether any has changed since it was made."""
+    """Copies the weights when they are first needed, in fp32 on a CPU once for one row and once for more.
+
+    `is_current` says whether any has changed since it was made.
+    """
 
     def __init__(self, model: GPT) -> None:
         self.model, self.config = model, model.config
@@ -64,9 +67,9 @@ class Decoder:
             at = torch.tensor(lengths, device=tokens.device)[:, None]
             rotation = self.rotation[at]  # (B, 1, H + 2K, D/2)
             mask = (torch.arange(span, device=tokens.device) <= at)[:, None, None]  # (B, 1, 1, S)
-        x = self._norm(F.embedding(tokens.reshape(-1), self.embedding))
+        x = self._norm(_filled(F.embedding(tokens.reshape(-1), self.embedding), product))
         for i, (qkv, out, fc1, fc2) in enumerate(layers):
-            pairs = at_least_fp32(product(self._norm(x), qkv)).view(B, T, H + 2 * K, D // 2, 2)
+            pairs = at_least_fp32(product(self._norm(x), qkv)[: B * T]).view(B, T, H + 2 * K, D // 2, 2)
             heads = torch.view_as_real(torch.view_as_complex(pairs) * rotation).view(B, T, H + 2 * K, D)
             normed = heads[:, :, : H + K]
             normed.mul_(self._scales(normed))
@@ -81,15 +84,15 @@ class Decoder:
                 y = F.scaled_dot_product_attention(
                     queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
                 ).transpose(1, 2)
-            x = product(y.reshape(B * T, H * D), out, x)
+            x = product(_filled(y.reshape(B * T, H * D), product), out, x)
             hidden = product(self._norm(x), fc1).relu_()
             x = product(hidden.mul_(hidden), fc2, x)
-        return self._norm(x).view(B, T, -1)
+        return self._norm(x)[: B * T].view(B, T, -1)
 
     def logits(self, hidden: Float[Tensor, "B C"]) -> Float[Tensor, "B V"]:
         """Softcapped, in fp32. c tanh(x / c) is 2c sigmoid(2x / c) - c, which a CPU computes in a quarter of the time."""
-        product, _, head = self.weights(len(hidden))
-        logits, cap = at_least_fp32(product(hidden, head)), self.config.final_logit_softcapping
+        (product, _, head), cap = self.weights(len(hidden)), self.config.final_logit_softcapping
+        logits = at_least_fp32(product(_filled(hidden, product), head)[: len(hidden)])
         return logits if cap is None else logits.mul_(2 / cap).sigmoid_().mul_(2 * cap).sub_(cap)
 
     @torch.inference_mode()
@@ -144,6 +147,19 @@ def _product_packed(x: Tensor, weight: Tensor, plus: Tensor | None = None) -> Te
     if plus is None:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, plus, weight, None, "add")
+
+
+def _filled(x: Tensor, product: Product) -> Tensor:
+    """For oneDNN, rows of zeros added up to one of four numbers between two powers of two, at most a quarter more.
+
+    It compiles and keeps a program for each number of rows and each matrix, 0.6 MB and more: let them be few.
+
+    >>> [len(_filled(torch.ones(rows, 2), _product_packed)) for rows in (1, 7, 9, 16, 17, 100)]
+    [1, 7, 10, 16, 20, 112]
+    """
+    step = 1 << max(0, len(x).bit_length() - 3) if product is _product_packed else 1
+    missing = -len(x) % step
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def _transpose(weight: Tensor) -> Tensor:

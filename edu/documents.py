@@ -116,8 +116,10 @@ class Source:
             yield from ((number, group, rows) for group, rows in enumerate(shard.groups))
 
     def _texts(self, shard: int, group: int) -> Iterator[pa.Array]:
-        with pq.ParquetFile(self.shards[shard].path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(CHUNK, row_groups=[group], columns=[self.column]):
+        path, column = self.shards[shard].path, [self.column]
+        # Reading ahead and Arrow's own threads cost more than they bring to one column that is read chunk by chunk.
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(CHUNK, row_groups=[group], columns=column, use_threads=False):
                 texts = batch.column(0)
                 yield texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
 

@@ -12,7 +12,6 @@ from accelerate.utils.memory import clear_device_cache
 
 from edu import metrics
 from edu.checkpoint import Run, generating
-from edu.config import StageConfig
 from edu.metrics import progress
 from edu.model import GPT
 from edu.optim import lr_factor, make_optimizer
@@ -21,6 +20,7 @@ from edu.runtime import StopSignals, peak_flops
 from edu.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
+RATES = ("matrix_lr", "embedding_lr", "head_lr")
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 """Where every process holds the whole model."""
 
@@ -63,7 +63,8 @@ class Training:
             raise ValueError(
                 f"{kind} shards the model {why}: the loops do not support it; use accelerate_configs/multi_gpu.yaml"
             )
-        optimizer = make_optimizer(model, **optimizer_settings(run.config))
+        rates = {name: getattr(run.config, name) * run.config.lr_scale for name in RATES}
+        optimizer = make_optimizer(model, **rates, weight_decay=run.config.weight_decay)
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -197,16 +198,6 @@ class Training:
         if self.accelerator.num_processes == 1:
             return bool(stopped)
         return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
-
-
-def optimizer_settings(config: StageConfig) -> dict[str, float]:
-    """What make_optimizer takes, from a stage's settings."""
-    return {
-        "matrix_lr": config.matrix_lr * config.lr_scale,
-        "embedding_lr": config.embedding_lr * config.lr_scale,
-        "head_lr": config.head_lr * config.lr_scale,
-        "weight_decay": config.weight_decay,
-    }
 
 
 def split_rows(rows: Sequence[R], micro_batch_size: int, accelerator: Accelerator) -> list[list[R]]:

@@ -84,6 +84,11 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     )
 
 
+def _counted(kept: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """The rows of (B, T, ...) that count; all of them while compiling, since their number would break the graph."""
+    return [x.flatten(0, 1) if torch.compiler.is_compiling() else x[kept] for x in tensors]
+
+
 def head_weighted_sum(
     hidden: Float[Tensor, "B T C"],
     weight: Float[Tensor, "V C"],
@@ -96,12 +101,8 @@ def head_weighted_sum(
     Positions of weight 0, in SFT most, are left out and cost nothing. Weights are 0 wherever targets are IGNORE.
     """
     hidden, weight = _autocast(hidden, weight)
-    if torch.compiler.is_compiling():  # how many are kept depends on the data, and would break the graph
-        hidden, targets, weights = hidden.flatten(0, 1), targets.clamp(min=0).flatten(), weights.flatten()
-    else:
-        kept = weights != 0
-        hidden, targets, weights = hidden[kept], targets[kept], weights[kept]
-    return _WeightedSum.apply(hidden, weight, targets, weights, cap)
+    rows, picked, w = _counted(weights != 0, hidden, targets.clamp(min=0), weights)
+    return _WeightedSum.apply(rows, weight, picked, w, cap)
 
 
 def head_log_probs(
@@ -110,12 +111,9 @@ def head_log_probs(
     """Log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE. A backward pass computes again."""
     hidden, weight = _autocast(hidden, weight)
     kept = targets != IGNORE
-    whole = torch.compiler.is_compiling()  # as above
-    rows, picked = (hidden.flatten(0, 1), targets.clamp(min=0).flatten()) if whole else (hidden[kept], targets[kept])
-    parts = [
-        checkpoint(_log_probs, rows[part], weight, picked[part], cap, use_reentrant=False) for part in _chunks(rows)
-    ]
-    found = torch.cat(parts) if parts else rows.sum(-1).float()
-    if whole:
+    rows, picked = _counted(kept, hidden, targets.clamp(min=0))
+    parts = [checkpoint(_log_probs, rows[at], weight, picked[at], cap, use_reentrant=False) for at in _chunks(rows)]
+    found = torch.cat(parts) if parts else at_least_fp32(rows.sum(-1))
+    if torch.compiler.is_compiling():
         return found.view(targets.shape).masked_fill(~kept, 0.0)
     return torch.zeros(targets.shape, dtype=found.dtype, device=hidden.device).masked_scatter(kept, found)

@@ -110,7 +110,7 @@ class MetricsLog:
     ...     with MetricsLog(Path(folder) / "metrics.jsonl") as log:
     ...         for step in range(5):
     ...             log.write(step, {LOSS: 4.0 - step})
-    ...         log.truncate_after(1)
+    ...         log.keep(lambda row: row[STEP] <= 1)
     ...     read_metrics(Path(folder) / "metrics.jsonl")
     [{'step': 0, 'loss': 4.0}, {'step': 1, 'loss': 3.0}]
     """
@@ -130,10 +130,6 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
-
-    def truncate_after(self, step: int) -> None:
-        """Keep rows up to and including `step`: a resumed run writes the later ones again."""
-        self.keep(lambda row: row.get(STEP, 0) <= step)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Keep the rows for which `wanted` is true. All or nothing: a kill leaves the old file or the new."""

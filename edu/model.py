@@ -8,13 +8,12 @@ B batch, T time (queries), S time (keys), C channels, H query heads, K key/value
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -29,6 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 from edu.fused import relu_squared, rms_norm
 from edu.gpt_config import GPTConfig
 from edu.losses import head_log_probs, head_weighted_sum, softcap
+from edu.masks import attend_in_quarters, mask_for
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -43,31 +43,6 @@ def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> F
     """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).type_as(x)
-
-
-def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
-    """(B, 1, T, T), True where a query may look: not ahead, and within its own document (positions restart at 0).
-
-    Where positions jump back to p > 0, a further branch of the document begins: it sees itself and the first p tokens.
-    """
-    starts = F.pad(position_ids.diff() <= 0, (1, 0), value=True)
-    places = torch.arange(position_ids.shape[-1], device=position_ids.device)
-    first = torch.where(starts, places, 0).cummax(-1).values  # where each token's branch begins
-    begins, document = position_ids.gather(-1, first), (position_ids == 0).cumsum(-1)
-    same, before = first[:, :, None] == first[:, None, :], position_ids[:, None, :] < begins[:, :, None]
-    shared = before & (document[:, :, None] == document[:, None, :])
-    return (same | shared).tril()[:, None]
-
-
-def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:
-    """The document mask in the form that an attention implementation heeds; ValueError where there is none."""
-    mask = document_mask(position_ids)
-    if attention in ("eager", "sdpa"):
-        return mask
-    if attention != "flex_attention":
-        raise ValueError(f"{attention} would mix packed documents: load the model with sdpa, eager or flex_attention")
-    B, _, T, _ = mask.shape  # as a tensor, flex attention would add it to the scores
-    return create_block_mask(lambda b, _, q, k: mask[b, 0, q, k], B, None, T, T, device=str(mask.device))
 
 
 def eager_attention_forward(
@@ -117,6 +92,7 @@ class CausalSelfAttention(nn.Module):
         cos_sin: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         cache: Cache | None = None,
+        packed: bool = False,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T C"], Tensor | None]:
         B, T, _ = x.shape
@@ -129,7 +105,10 @@ class CausalSelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation or "eager", eager_attention_forward
         )
-        y, weights = attention_interface(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        attend = partial(attention_interface, self, dropout=0.0, scaling=self.scaling, **kwargs)
+        if packed and T >= 256 and x.device.type == "cpu" and isinstance(attention_mask, Tensor):
+            attend = partial(attend_in_quarters, attend)
+        y, weights = attend(q, k, v, attention_mask)
         return self.o_proj(y.reshape(B, T, -1)), weights
 
 
@@ -275,7 +254,11 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
                 raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
             mask = None if position_ids is None else mask_for(self.config._attn_implementation, position_ids)
             hidden = self.model(
-                input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=False,
+                packed=mask is not None,
             ).last_hidden_state
             head, cap = self.lm_head.weight, self.config.final_logit_softcapping
             if weights is not None:

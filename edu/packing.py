@@ -36,12 +36,9 @@ class Batch:
     positions: Int64[Tensor, "B T"]
     """Place within the document: each 0 starts a new one, and attention does not look across it."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on a device; non_blocking copies to a GPU go through pinned memory, else they would block."""
-        tensors = (self.inputs, self.targets, self.weights, self.positions)
-        if non_blocking and torch.device(device).type == "cuda":
-            tensors = tuple(tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors)
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(tensor.to(device) for tensor in (self.inputs, self.targets, self.weights, self.positions)))
 
     def split(self, parts: int) -> "list[Batch]":
         """Its rows in as many smaller batches, or one a row where there are fewer rows."""
@@ -59,7 +56,7 @@ class Piece:
     weight: float | np.ndarray = 1.0
     """Of the targets: one number (an advantage), or one for each of ids."""
     positions: np.ndarray | None = None
-    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model's document_mask."""
+    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.masks.document_mask."""
 
 
 class BestFit(Generic[V]):
@@ -188,18 +185,16 @@ class StreamPacker:
         self.buffer = BestFit[memoryview](limit=sequence_length + 1 if carry else inf)
         self.tokens = 0  # waiting in the buffer, BOS included
         self.dropped = 0  # thrown away so far
+        self._size = sequence_length + 1
         self._bos = np.array([bos], np.int32).data
-        self._ramp = np.arange(sequence_length + 1).data
-        self._unfilled = np.full(sequence_length + 1, IGNORE, np.int32).data
+        self._unfilled = np.full(self._size, IGNORE, np.int32).data
+        self._positions = np.arange(sequence_length)
 
     def add(self, place: Key, ids: np.ndarray) -> None:
         """Put in a document. place: where it comes from, unique; its last number is the first token's offset there."""
         assert len(ids), f"an empty document at {place}"
-        self._put((1 + len(ids), *place), np.asarray(ids, np.uint32).view(np.int32).data)
-
-    def _put(self, key: Key, ids: memoryview) -> None:
-        self.buffer.add(key, ids)
-        self.tokens += key[0]
+        self.buffer.add((1 + len(ids), *place), np.asarray(ids, np.uint32).data)
+        self.tokens += 1 + len(ids)
 
     def batch(self, batch_size: int, refill: Callable[[], None]) -> Batch | None:
         """The next rows, full unless the documents run out; None when there were none left to start with.
@@ -207,43 +202,41 @@ class StreamPacker:
         refill is called first, and whenever there are fewer documents than before, to keep as many as its owner wants.
         """
         parts: list[memoryview] = []  # BOS, ids, BOS, ids, ...
-        ramps: list[memoryview] = []  # the positions of each piece, as far as they are inputs
+        positions = np.empty((batch_size, self._size - 1), np.int64)
+        positions[:] = self._positions
         refill()
-        for _ in range(batch_size):
-            room = self._row(parts, ramps, refill)
-            if room:
-                parts.append(self._unfilled[:room])
-                ramps.append(self._ramp[: room - 1])
+        for b in range(batch_size):
+            for at in self._row(parts, refill):
+                positions[b, at:] = self._positions[: self._size - 1 - at]
         if parts[0] is not self._bos:
             return None
-        tokens = np.frombuffer(b"".join(parts), np.int32).reshape(batch_size, -1)
-        positions = np.frombuffer(bytearray().join(ramps), np.int64).reshape(batch_size, -1)
-        return shift(tokens, positions, self._bos[0])
+        return shift(np.frombuffer(b"".join(parts), np.int32).reshape(batch_size, -1), positions, self._bos[0])
 
-    def _row(self, parts: list[memoryview], ramps: list[memoryview], refill: Callable[[], None]) -> int:
-        """Append one row's pieces, each BOS and ids, and their positions; gives the room left for want of documents."""
-        buffer, ramp, room = self.buffer, self._ramp, len(self._ramp)
+    def _row(self, parts: list[memoryview], refill: Callable[[], None]) -> list[int]:
+        """Append one row's pieces, each BOS and ids, or IGNORE for want of documents; gives where the second ... start."""
+        buffer, room, starts = self.buffer, self._size, []
         key = buffer.oldest()
         while key:
             parts.append(self._bos)
             if room == 1:  # the BOS alone: what follows it is not read, and the document stays whole
-                return 0
+                return starts
             ids, size = buffer.pop(key), key[0]
-            self.tokens -= size
             if size > room and self.carry:
-                self._put((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
+                buffer.add((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
+                self.tokens -= room - 1
             else:
+                self.tokens -= size
                 refill()
             if size >= room:
                 self.dropped += 0 if self.carry else size - room
                 parts.append(ids[: room - 1])
-                ramps.append(ramp[: room - 1])
-                return 0
+                return starts
             parts.append(ids)
-            ramps.append(ramp[:size])
             room -= size
+            starts.append(self._size - room)
             key = buffer.fitting(room) or (buffer.oldest() if self.carry or not len(buffer) else buffer.smallest())
-        return room
+        parts.append(self._unfilled[:room])
+        return starts
 
 
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:

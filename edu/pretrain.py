@@ -74,7 +74,8 @@ def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
         f"expected: {flops:.2g} FLOPs, {duration(seconds)} at {USUAL_MFU:.0%} of {devices} x {training.peak / 1e12:.2g} "
         f"TFLOP/s, {memory:.2g} GiB a device"
     )
-    return {"tokens": tokens, "flops": flops, "seconds": seconds, "memory_gib": memory}
+    kilobytes = memory * 2**30 / 1e3 / (config.micro_batch_size * T)
+    return {"flops": flops, "seconds": seconds, "memory_gib": memory, "memory_kb_per_token": kilobytes}
 
 
 def train(config: PretrainConfig) -> Result:
@@ -126,10 +127,12 @@ def train(config: PretrainConfig) -> Result:
         seen = (batch for batch, _ in islice(stream, counted // (micro * config.sequence_length)))
         ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)
         bpb = {"model": bits_per_byte(model, validation(20), tokenizer.token_bytes()), **ngrams}
-        took = {"seconds": run.seconds(), "memory_gib": (peak_memory(accelerator.device.type) - memory) / 2**30}
+        grown = peak_memory(accelerator.device.type) - memory
+        took = {"seconds": run.seconds(), "memory_gib": grown / 2**30}
+        took["memory_kb_per_token"] = grown / 1e3 / (config.micro_batch_size * config.sequence_length)
         accelerator.print(
             f"took {duration(took['seconds'])} ({duration(expected['seconds'])} expected), "
-            f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g})"
+            f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g}), {took['memory_kb_per_token']:.3g} kB a token"
         )
         cost = {name: {"expected": expected[name], "measured": value} for name, value in took.items()}
         return {"ngram_tokens": counted, "bpb": bpb, "cost": cost}

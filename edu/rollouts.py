@@ -89,7 +89,7 @@ def joined(pieces: Sequence[Piece]) -> Piece:
     """Answers to one prompt as one piece, so that the prompt is computed once.
 
     Each further answer is a branch: it repeats the prompt's last token, which predicts its first own one, at that token's
-    position. Attention, and so every log-probability, is that of the answer alone (`edu.model.document_mask`).
+    position. Attention, and so every log-probability, is that of the answer alone (`edu.masks.document_mask`).
 
     >>> both = joined([Piece([5, 6, 7], [0, 0, 1]), Piece([5, 6, 8, 9], [0, 0, 1, 1])])
     >>> both.ids.tolist(), both.mask.tolist(), both.positions.tolist()

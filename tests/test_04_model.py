@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import edu.model
 from edu.losses import head_log_probs, head_weighted_sum
-from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, document_mask, rotary_angles
+from edu.masks import document_mask
+from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
 from edu.optim import MuonAdamW, make_optimizer, orthogonalize
 from edu.packing import IGNORE
 
@@ -157,6 +159,30 @@ def test_packed_documents_do_not_see_each_other(model: GPT, ids: torch.Tensor) -
     apart = torch.cat([model(ids[:, s], targets=targets[:, s]) for s in (slice(0, 15), slice(15, 40))], 1)
     torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-5)
     assert (model(ids, targets=targets) - apart)[:, 15:].abs().max() > 1e-2
+
+
+def test_long_rows_attend_in_quarters_to_the_same(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 512, (2, 259))
+    positions = torch.stack((torch.arange(259), torch.cat((torch.arange(130), torch.arange(129)))))
+    attend, calls = edu.model.attend_in_quarters, []
+
+    def whole(attend: Any, *args: Any) -> Any:
+        calls.append(1)
+        return attend(*args)
+
+    parts = model(ids, targets=ids, position_ids=positions)
+    monkeypatch.setattr(edu.model, "attend_in_quarters", whole)
+    torch.testing.assert_close(parts, model(ids, targets=ids, position_ids=positions), atol=1e-5, rtol=1e-5)
+    assert len(calls) == model.config.num_hidden_layers
+    q, mask = torch.randn(2, 2, 259, 8), torch.ones(2, 1, 259, 259, dtype=torch.bool).tril()
+    sizes: list[int] = []
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        sizes.append(q.shape[2] * k.shape[2])
+        return q.transpose(1, 2), None
+
+    torch.testing.assert_close(attend(noted, q, q, q, mask)[0], q.transpose(1, 2))
+    assert sum(sizes) < 0.63 * 259**2
 
 
 def test_document_mask_by_hand() -> None:

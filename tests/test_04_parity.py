@@ -11,7 +11,8 @@ from test_04_model import random_gpt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edu.model import GPT, document_mask
+from edu.masks import document_mask
+from edu.model import GPT
 from edu.packing import IGNORE
 
 B, T = 3, 40
@@ -150,7 +151,7 @@ def test_no_buffer_is_lost_on_loading(folder: Path) -> None:
 @pytest.mark.parametrize("kind", [GPT, AutoModelForCausalLM])
 @pytest.mark.parametrize("name", ["eager", "flex_attention"])
 def test_attention_implementations_agree(kind: type, name: str, folder: Path) -> None:
-    """Flex attention uncompiled: what inductor makes of it on a CPU is wrong (see docs/ecosystem.md)."""
+    """Flex attention uncompiled: what inductor makes of it on a CPU is not to be trusted (see docs/ecosystem.md)."""
     sdpa = kind.from_pretrained(folder)
     other = kind.from_pretrained(folder, attn_implementation=name)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -92,9 +93,48 @@ def test_streaming_gives_the_same_tokens(model: GPT) -> None:
     assert streamed == Engine(model).generate([PROMPTS[1]], max_new_tokens=15, seed=4)[0][0].tokens
 
 
-def test_samples_of_a_group_draw_their_first_token_independently(model: GPT) -> None:
-    first = [s.tokens[0] for s in Engine(model).generate(PROMPTS[:1], 64, max_new_tokens=1, temperature=2.0)[0]]
-    assert len(set(first)) > 10
+def test_finished_rows_cost_nothing_and_waiting_prompts_take_their_place(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, arrivals, prefill = list[int](), list[int](), Engine.prefill
+
+    def watched_sampling(logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(logits))
+        return sample_tokens(logits, *args, **options)
+
+    def watched_prefill(self: Engine, *args: Any) -> torch.Tensor:
+        arrivals.append(len(rows))
+        return prefill(self, *args)
+
+    monkeypatch.setattr("edu.engine.sample_tokens", watched_sampling)
+    monkeypatch.setattr(Engine, "prefill", watched_prefill)
+    groups = Engine(model, max_rows=5).generate(PROMPTS * 5, 2, max_new_tokens=20, stop_tokens=range(8), seed=range(20))
+    lengths = [len(sample.tokens) for group in groups for sample in group]
+    assert len(set(lengths)) > 5
+    assert sum(rows) == sum(lengths), "every row of every step gives a token of a sample"
+    assert max(rows) <= 5
+    assert all(n >= 4 for n in rows[: arrivals[-1]]), "a prompt of two samples waits while fewer than two rows are free"
+
+
+def chi_square(observed: torch.Tensor, expected: torch.Tensor) -> float:
+    """In standard deviations above its mean: over 4 is a chance of one in thousands."""
+    freedom = observed.numel() - 1
+    return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
+
+
+def test_samples_of_a_group_draw_their_first_tokens_independently_from_the_model() -> None:
+    model, n = random_gpt(vocab_size=12, seed=5), 6000
+    groups = Engine(model).generate(PROMPTS[2:3] * 2, n, max_new_tokens=1, temperature=2.0, seed=[7, 8])
+    first, other = (torch.tensor([sample.tokens[0] for sample in group]) for group in groups)
+    with torch.no_grad():
+        probs = (model(torch.tensor(PROMPTS[2:3])).logits[0, -1] / 2).softmax(-1)
+    assert probs.min() > 0.005
+    assert probs.max() < 0.3
+    assert chi_square(first.bincount(minlength=12), n * probs) < 4
+    pairs = {"neighbours": (first[:-1], first[1:]), "seeds": (first, other), "seed + 1": (first[1:], other[:-1])}
+    for name, (a, b) in pairs.items():
+        counts = (12 * a + b).bincount(minlength=144)
+        assert chi_square(counts, len(a) * torch.outer(probs, probs).flatten()) < 4, name
 
 
 def test_sampled_frequencies_are_the_distribution() -> None:
@@ -202,6 +242,14 @@ def test_other_precisions_decode_too(dtype: torch.dtype) -> None:
     greedy = Engine(model).generate(PROMPTS[1:2], max_new_tokens=8, temperature=0)[0][0].tokens
     assert greedy[0] == naive[0]
     assert dtype != torch.float64 or greedy == naive
+    cache = KVCache(1, 20, model)
+    Engine(model).prefill(PROMPTS[1:2], cache)
+    logits = Decoder(model).step(torch.tensor([4]), [len(PROMPTS[1])], cache)
+    expected = model(torch.tensor([[*PROMPTS[1], 4]])).logits[:, -1]
+    assert logits.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert cache.tensor.element_size() == torch.empty((), dtype=dtype).element_size()
+    # What one rounding in two places of the same layer may do to logits of this size.
+    torch.testing.assert_close(logits, expected.to(logits.dtype), atol=8 * torch.finfo(dtype).eps * 4, rtol=0)
 
 
 def test_bad_requests_are_named(model: GPT) -> None:
@@ -212,3 +260,7 @@ def test_bad_requests_are_named(model: GPT) -> None:
         engine.generate([[1]], max_new_tokens=1, top_p=0)
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         engine.generate([[1]], max_new_tokens=1, seed=[1, 2])
+    with pytest.raises(ValueError, match="prompt 1 has tokens -1 to 50: the model knows 0 to 49"):
+        engine.generate([[1], [50, -1]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="num_samples=0"):
+        engine.generate([[1]], 0, max_new_tokens=1)

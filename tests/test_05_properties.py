@@ -65,6 +65,41 @@ def test_batched_is_alone_and_forked_is_recomputed(
 
 
 @quickly
+@given(
+    model=models,
+    batch=st.lists(prompts, min_size=1, max_size=5),
+    samples=st.integers(1, 3),
+    rows=st.integers(1, 7),
+    calls=st.sets(st.integers(0, 39), min_size=1, max_size=12),
+    answer=st.lists(st.integers(0, 39), min_size=1, max_size=4),
+)
+def test_what_a_tool_forces_is_read_as_any_prompt(
+    model: GPT, batch: list[list[int]], samples: int, rows: int, calls: set[int], answer: list[int]
+) -> None:
+    def tool(tokens: list[int]) -> list[int]:
+        return answer if tokens[-1] in calls else []
+
+    seeds = list(range(len(batch)))
+    for prompt, group in zip(
+        batch, Engine(model, rows).generate(batch, samples, max_new_tokens=15, seed=seeds, tool=tool), strict=True
+    ):
+        for sample in group:
+            mask = list[int]()
+            while len(mask) < len(sample.tokens):
+                mask.append(1)
+                if sample.tokens[len(mask) - 1] in calls:
+                    assert (
+                        sample.tokens[len(mask) : len(mask) + len(answer)] == answer[: len(sample.tokens) - len(mask)]
+                    )
+                    mask += [0] * len(answer)
+            assert sample.mask == mask[: len(sample.tokens)]
+            logits = model(torch.tensor([prompt + sample.tokens])).logits[0, len(prompt) - 1 : -1]
+            fresh = logits.log_softmax(-1).gather(1, torch.tensor(sample.tokens)[:, None])[:, 0]
+            expected = fresh * torch.tensor(sample.mask)
+            torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@quickly
 @given(model=models, batch=st.lists(prompts, min_size=1, max_size=5), chunk=st.integers(1, 31))
 def test_chunks_change_nothing(model: GPT, batch: list[list[int]], chunk: int) -> None:
     engine, width = Engine(model), max(map(len, batch))

@@ -328,6 +328,39 @@ def test_a_signal_breaks_an_evaluation_off_and_it_is_done_again(
     assert read_metrics(config.out / "samples.jsonl") == read_metrics(finished["base"].out / "samples.jsonl")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
+@pytest.mark.parametrize("name", ["base", "sft"])
+@pytest.mark.usefixtures("finished")
+def test_a_compiled_model_learns_the_same(name: str, stages: dict[str, Stage], tmp_path: Path) -> None:
+    train, config = stages[name]
+    train(replace(config, out=tmp_path / "compiled", compile=True))
+    losses, expected = (
+        [row["loss"] for row in steps_of(folder) if "loss" in row] for folder in (tmp_path / "compiled", config.out)
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert not any("_orig_mod" in key for key in weights_of(tmp_path / "compiled"))
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_utilisation_and_speed_count_the_whole_step_under_accumulation(
+    micro_batch_size: int, stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e9)
+    train(replace(config, out=tmp_path / "again", micro_batch_size=micro_batch_size, max_steps=2))
+    row, after = (r for r in read_metrics(tmp_path / "again" / "metrics.jsonl") if "loss" in r)
+    assert row["step_tokens"] == 8 * 64
+    flops = 8 * 64 * (6 * (2 * (32 * 32 * 3 + 8 * 32 * 32) + 512 * 32) + 12 * 2 * 32 * 64)
+    seconds = after["seconds"] - row["seconds"]
+    assert after["tokens_per_second"] * seconds == pytest.approx(512)
+    assert after["mfu"] * seconds * 1e9 == pytest.approx(flops)
+    cost = json.loads((tmp_path / "again" / "eval.json").read_text())["cost"]
+    assert cost["memory_kb_per_token"]["expected"] * micro_batch_size * 64 == pytest.approx(
+        cost["memory_gib"]["expected"] * 2**30 / 1e3
+    )
+
+
 def test_a_folder_that_cannot_be_written_is_named(stages: dict[str, Stage], tmp_path: Path) -> None:
     train, config = stages["base"]
     (tmp_path / "file").write_text("in the way")
