@@ -169,7 +169,8 @@ def main() -> None:
                     train_step(accelerator, model, optimizer, terms)
                 clock.rewards.append(data.figures["reward"])
 
-            with scored, patch.object(rl, "roll_out", rolling):
+            without_tools = patch.object(rollouts, "calculator_tool", lambda _: None)
+            with scored, without_tools, patch.object(rl, "roll_out", rolling):
                 for i in range(args.steps):
                     clock.timed("all", step)(1 + number * args.steps + i)
             return clock
