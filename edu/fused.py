@@ -71,8 +71,9 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def by_onednn(x: Tensor) -> bool:
     """Whether the product of these rows with a matrix goes there; a compiler has its own ways."""
-    fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return fp32_on_cpu and x.shape[:-1].numel() % ROWS == 0 and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return x.shape[:-1].numel() % ROWS == 0 and torch.backends.mkldnn.is_available()
 
 
 class _Linear(torch.autograd.Function):
