@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import edu.model
+from edu import fused
 from edu.losses import head_log_probs, head_weighted_sum
 from edu.masks import document_mask
 from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
@@ -242,3 +243,23 @@ def test_every_parameter_has_one_group_and_steps() -> None:
 def test_muon_refuses_flattened_parameters() -> None:
     with pytest.raises(ValueError, match="Muon needs matrices"):
         MuonAdamW([{"kind": "muon", "lr": 0.02, "params": [torch.nn.Parameter(torch.ones(8))]}])
+
+
+def test_a_linear_layer_of_many_rows_has_the_values_and_derivatives_of_torchs_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, calls = fused.Linear(48, 80, bias=False), []
+    real = fused._Linear.apply
+    monkeypatch.setattr(fused._Linear, "apply", lambda *args: calls.append(1) or real(*args))
+    for rows, faster in ((2 * fused.ROWS, torch.backends.mkldnn.is_available()), (fused.ROWS + 1, False)):
+        calls.clear()
+        x, slope = (torch.randn(2, rows // 2, size) if rows % 2 == 0 else torch.randn(rows, size) for size in (48, 80))
+        exact = [t.double().requires_grad_() for t in (x, layer.weight.detach())]
+        expected = torch.nn.functional.linear(*exact)
+        expected.backward(slope.double())
+        layer.weight.grad = None
+        found = layer(x.requires_grad_())
+        found.backward(slope)
+        assert bool(calls) == faster
+        for ours, theirs in ((found, expected), (x.grad, exact[0].grad), (layer.weight.grad, exact[1].grad)):
+            torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)

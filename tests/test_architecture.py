@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module imports only from lower levels, or from its left on its own line. A new module gets its place here.
 LEVELS = [
-    "durable command plan config resume metrics page stats grammar endpoint protocol runtime transfer shards tokenizer compression packing fused losses gpt_config masks model kv_cache decoder optim calculator sampling",
+    "durable command plan config resume metrics page stats grammar endpoint protocol fused runtime transfer shards tokenizer compression packing losses gpt_config masks model kv_cache decoder optim calculator sampling",
     "tasks documents loader chat engine step hub checkpoint",
     "nanochat problems world corpus persona teacher identity sft_data objective rollouts",
     "bits evals measure report",
@@ -155,3 +155,12 @@ def test_documents_and_code_name_no_machine() -> None:
     for path in [*DOCUMENTS, *settings, *LIBRARY, *SCRIPTS]:
         found = [place for place in MACHINE_PATHS if place in path.read_text()]
         assert not found, f"{name_of(path)} names {found}"
+
+
+def test_the_tree_in_the_readme_has_a_line_for_every_file() -> None:
+    tree = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    named = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    files = [*LIBRARY, *SCRIPTS, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    top = [path for path in files if path.parent.name != "tasks" and path.name != "__init__.py"]
+    assert not {path.name for path in top} - named
+    assert not {name for name in named if name.endswith(".py")} - {path.name for path in top}
