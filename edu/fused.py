@@ -54,8 +54,20 @@ def relu_squared(x: Tensor) -> Tensor:
     return _ReLUSquared.apply(x)
 
 
+ONEDNN = torch.backends.mkldnn.is_available()  # asked here, since it would break a compiled graph
 ROWS = 256
 """oneDNN keeps a program of about a megabyte for each number of rows: only multiples of so many go there."""
+
+
+@torch.library.custom_op("edu::onednn_product", mutates_args=())
+def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T; a torch operator of its own, which a compiler takes as it is."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+
+
+@onednn_product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,16 +76,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     Same sums in another order. On an AMD EPYC oneDNN is 2.3 times as fast as MKL, which is torch's choice (docs/LOG.md,
     2026-11-24); torch has no public way to ask for it.
     """
-    if by_onednn(x) and weight.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
-    return x @ weight.mT
+    return onednn_product(x, weight) if by_onednn(x) and weight.dtype == torch.float32 else x @ weight.mT
 
 
 def by_onednn(x: Tensor) -> bool:
-    """Whether the product of these rows with a matrix goes there; a compiler has its own ways."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    return x.shape[:-1].numel() % ROWS == 0 and torch.backends.mkldnn.is_available()
+    """Whether the product of these rows with a matrix goes there."""
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() % ROWS == 0
 
 
 class _Linear(torch.autograd.Function):
@@ -86,7 +94,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         rows, outputs = x.flatten(0, -2), grads[0].flatten(0, -2)
-        in_weight = torch.ops.mkldnn._linear_pointwise.default(outputs.mT, rows.mT, None, "none", [], "")
+        in_weight = onednn_product(outputs.mT, rows.mT)
         return product(grads[0], weight.mT), in_weight
 
 
