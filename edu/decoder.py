@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from edu.fused import at_least_fp32
+from edu.fused import ONEDNN, at_least_fp32
 from edu.kv_cache import KVCache
 from edu.model import GPT, rotary_angles
 
@@ -129,7 +129,7 @@ def ways(weight: Tensor, rows: int) -> tuple[Product, Callable[[Tensor], Tensor]
     From two rows on oneDNN's packed weights are 1.5 to 2.4 times as fast as MKL on an AMD EPYC.
     """
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if rows > 1 and fp32_on_cpu and torch.backends.mkldnn.is_available():
+    if rows > 1 and fp32_on_cpu and ONEDNN:
         return _product_packed, torch.ops.mkldnn._reorder_linear_weight
     return _product, _transpose
 

@@ -4,6 +4,7 @@ On a CPU most of a norm's time is reading and writing the tensor: what is here k
 the backward pass. A linear layer's time is its products, which MKL computes slowly on some processors.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def relu_squared(x: Tensor) -> Tensor:
     return _ReLUSquared.apply(x)
 
 
-ONEDNN = torch.backends.mkldnn.is_available()  # asked here, since it would break a compiled graph
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+"""On other processors torch has better (Apple's own) or was not measured. Asked here: it would break a compiled graph."""
 ROWS = 256
 """oneDNN keeps a program of about a megabyte for each number of rows: only multiples of so many go there."""
 
