@@ -145,6 +145,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(
 def test_fifty_kills(name: str, uninterrupted: dict[str, tuple[Stage, float]], tmp_path: Path) -> None:
     started = time.monotonic()
     compared = endure(name, uninterrupted, tmp_path, kills=50, seed=1)
+    assert compared
     print(f"{name}: 50 kills, compared {compared} times, {time.monotonic() - started:.0f} s")
 
 
