@@ -90,8 +90,9 @@ class StageConfig:
         for name in ("matrix_lr", "embedding_lr", "head_lr", "lr_scale", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be positive")
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"--decay {self.decay}: a share between 0 and 1")
+        for name in ("decay", "multi_turn"):
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(f"--{flag(name)} {getattr(self, name)}: a share between 0 and 1")
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
             raise ValueError(f"--push-to-hub {self.push_to_hub}: name the repository as user/name")
         if self.hub_private and self.push_to_hub is None:
@@ -188,6 +189,8 @@ class ChatConfig(StageConfig):
     """Samples of each held-out problem, for pass@k."""
     sample_prompts: tuple[str, ...] = ("Who are you?", "Who made you?", "What color is the sky?", "Tell me a story.")
     """Questions answered at every evaluation, for the report."""
+    multi_turn: float = 0.5
+    """Share of the conversations that are trained on as further turns of another one, so that any turn may ask anything."""
     eval_limit: int | None = None
     """Measure on the first so many held-out problems only."""
 

@@ -113,13 +113,15 @@ def evaluate_task(
     max_new_tokens: int = 96,
     seed: int = 0,
     limit: int | None = None,
+    before: Chat = (),
     calculator: bool = True,
     quiet: bool = False,
 ) -> Evaluation:
-    """Let the model solve the task's first `limit` problems (all without it): greedily, or with num_samples each."""
+    """Let the model solve the task's first `limit` problems, each as the next turn after `before`: greedily, or with num_samples each."""
     examples = [task.get_example(i) for i in range(len(task) if limit is None else min(limit, len(task)))]
     sampling = Sampling(num_samples, temperature, max_new_tokens, seed, calculator)
-    groups = ask(engine, tokenizer, [example["messages"] for example in examples], sampling, "problems", quiet)
+    chats = [[*before, *example["messages"]] for example in examples]
+    groups = ask(engine, tokenizer, chats, sampling, "problems", quiet)
     records: list[Record] = []
     for index, (example, group) in enumerate(zip(examples, groups, strict=True)):
         record = {"index": index, "prompt": example["messages"][-1]["content"], "answer": example["answer"]}

@@ -80,7 +80,7 @@ def read_measures(config: ChatConfig) -> Measures:
 
 
 def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measures: Measures) -> dict[str, Any]:
-    """Math on held-out problems (greedy, and sampled at temperature 1), persona, facts: the summaries.
+    """Math on held-out problems (greedy, also as a chat's later turn, and sampled at temperature 1), persona, facts: the summaries.
 
     The records behind them go to eval.jsonl in the stage's folder.
     """
@@ -88,8 +88,12 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measu
     quiet = not sys.stderr.isatty()
     greedy = {"max_new_tokens": config.max_new_tokens, "limit": config.eval_limit, "quiet": quiet}
     sampled = greedy | {"num_samples": config.eval_samples, "temperature": 1.0, "seed": config.seed}
+    before = list[dict[str, object]]()
+    for turn in show_answers(engine, tokenizer, config.sample_prompts[:2], config.max_new_tokens):
+        before += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["completion"]}]
     for name, task in measures.tasks.items():
         found[f"{name}/greedy"] = evals.evaluate_task(engine, tokenizer, task, **greedy)
+        found[f"{name}/third_turn"] = evals.evaluate_task(engine, tokenizer, task, before=before, **greedy)
         found[f"{name}/sampled"] = evals.evaluate_task(engine, tokenizer, task, **sampled)
     if measures.questions:
         asked = measures.questions

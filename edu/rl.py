@@ -64,7 +64,7 @@ def train(config: RLConfig) -> Result:
         data = load_sft_data(config.replay, tokenizer, T)
         accelerator.print(data.describe())
         trained_on += [(name, f"in the replay: {words}") for name, words in data.counts().items()]
-        replay = Epochs(data.train, T, config.seed)
+        replay = Epochs(data.train, T, config.seed, config.multi_turn)
     run = Run(config, "rl", accelerator, tokenizer, trained_on)
     training = Training(run, model)
     reference = load_model(config.model, accelerator.device).eval() if config.kl else None

@@ -24,7 +24,7 @@ def train(config: SFTConfig) -> Result:
     T = config.sequence_length
     data = load_sft_data(config.data, tokenizer, T, config.val_every)
     accelerator.print(data.describe())
-    epochs = Epochs(data.train, T, config.seed)
+    epochs = Epochs(data.train, T, config.seed, config.multi_turn)
     held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)][:VAL_ROWS]
     measures = read_measures(config)
     run = Run(config, "sft", accelerator, tokenizer, list(data.counts().items()))

@@ -198,6 +198,18 @@ def unusable(rendered: Rendered, sequence_length: int) -> str | None:
     return None if any(rendered.mask) else "nothing that the assistant said"
 
 
+def in_turns(pieces: Sequence[Piece], share: float, sequence_length: int, rng: np.random.Generator) -> list[Piece]:
+    """The conversations, a share of them as further turns of the one before, where they fit into a row."""
+    talks = list[Piece]()
+    for piece in pieces:
+        if talks and rng.random() < share and len(talks[-1].ids) + len(piece.ids) <= sequence_length + 2:
+            ids, mask = (np.append(getattr(talks[-1], name), getattr(piece, name)[1:]) for name in ("ids", "mask"))
+            talks[-1] = Piece(ids, mask)  # without its BOS
+        else:
+            talks.append(piece)
+    return talks
+
+
 @dataclass
 class Epochs:
     """Endless rows of pieces: every epoch all of them once, packed and shuffled anew from the seed.
@@ -208,6 +220,8 @@ class Epochs:
     pieces: Sequence[Piece]
     sequence_length: int
     seed: int = 0
+    multi_turn: float = 0.0
+    """Share of the conversations that become further turns of another one."""
 
     def __post_init__(self) -> None:
         self._packed: list[tuple[int, list[list[Piece]]]] = []  # (first row, rows) of each epoch so far
@@ -222,6 +236,7 @@ class Epochs:
             start = self._packed[-1][0] + len(self._packed[-1][1]) if epoch else 0
             rng = np.random.default_rng((self.seed, epoch))
             pieces = [self.pieces[i] for i in rng.permutation(len(self.pieces))]
+            pieces = in_turns(pieces, self.multi_turn, self.sequence_length, rng)
             rows = pack_rows(pieces, self.sequence_length)
             self._packed.append((start, [[pieces[i] for i in rows[r]] for r in rng.permutation(len(rows))]))
         start, rows = next(epoch for epoch in reversed(self._packed) if epoch[0] <= index)

@@ -18,6 +18,8 @@ class Args:
     """Rows of the batch."""
     seed: int = 0
     """Order of the conversations."""
+    multi_turn: float = 0.5
+    """Share of the conversations that become further turns of another one, as in scripts/sft.py."""
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
 
     tokenizer = Tokenizer.load(args.tokenizer)
     data = load_sft_data(args.data, tokenizer, args.sequence_length)
-    rows = Epochs(data.train, args.sequence_length, args.seed).rows(0, args.batch_size)
+    rows = Epochs(data.train, args.sequence_length, args.seed, args.multi_turn).rows(0, args.batch_size)
     (batch,) = batches_of([rows], args.sequence_length, tokenizer.pad)
     console = Console(highlight=False)
     for b in range(args.batch_size):

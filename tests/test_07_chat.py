@@ -392,3 +392,30 @@ def test_rows_of_a_step_depend_on_the_step_alone_and_an_epoch_has_every_piece_on
         orders.append(seen)
     assert orders[0] != orders[1] != orders[2]
     assert content(Epochs(pieces, 16, seed=4).rows(0, 120)) != whole
+
+
+def test_a_share_of_the_conversations_become_further_turns_of_another() -> None:
+    """So that a problem is worked out after other turns too; every token but the later ones' BOS stays, with its mask."""
+    bos, T = 99, 16
+    pieces = [Piece(np.array([bos, i, i]), np.array([0, 0, 1])) for i in range(40)]
+
+    def talks(share: float) -> list[Piece]:
+        rows = Epochs(pieces, T, seed=1, multi_turn=share).rows(0, 200)
+        epoch, found = Counter(range(40)), list[Piece]()
+        for piece in (piece for row in rows for piece in row):
+            epoch -= Counter(piece.ids[1::2].tolist())
+            found.append(piece)
+            if not epoch:
+                return found
+        raise AssertionError("not every conversation came")
+
+    for share, fewest, most in ((0.0, 40, 40), (0.5, 12, 28), (1.0, 5, 5)):  # eight turns of two tokens and a BOS fit
+        found = talks(share)
+        assert fewest <= len(found) <= most
+        assert sorted(i for piece in found for i in piece.ids[1::2]) == list(range(40))
+        for piece in found:
+            assert np.flatnonzero(piece.ids == bos).tolist() == [0]
+            assert len(piece.ids) <= T + 1
+            assert np.array_equal(piece.ids[1::2], piece.ids[2::2]), "a conversation was cut or mixed"
+            assert np.array_equal(piece.mask, [0] + [0, 1] * (len(piece.ids) // 2))
+    assert [p.ids.tolist() for p in talks(0.5)] == [p.ids.tolist() for p in talks(0.5)]
