@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from torch import nn
 
@@ -28,7 +28,7 @@ from edu.durable import sync, write_text
 from edu.hub import Card, check_token, model_folder, push, write_card
 from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
 from edu.model import GPT
-from edu.optim import MuonAdamW
+from edu.optim import MuonAdamW, sharded_as, whole
 from edu.resume import check_resumable, push_advice
 from edu.runtime import describe
 from edu.tokenizer import Tokenizer
@@ -119,7 +119,8 @@ class Run:
         if newest is not None:
             state = json.loads((newest / "state" / "trainer.json").read_text())
             step, tokens, data = state["step"], state["tokens"], state["data"]
-            self.accelerator.unwrap_model(model).load_state_dict(GPT.from_pretrained(newest).state_dict())
+            inner, weights = self.accelerator.unwrap_model(model), GPT.from_pretrained(newest).state_dict()
+            inner.load_state_dict({name: sharded_as(weights[name], p) for name, p in inner.state_dict().items()})
             path = newest / "state" / "optimizer.pt"
             device = self.accelerator.device
             where = "cpu" if device.type == "cpu" else device  # accelerate may say cpu:0, which torch cannot load to
@@ -165,7 +166,7 @@ class Run:
         from accelerate.utils import gather_object
 
         positions = gather_object([data])
-        weights = self.accelerator.get_state_dict(model)
+        weights, learning = self.accelerator.get_state_dict(model), optimizer.state_dict()
         target = self.folder / f"checkpoint-{step}"
         if self.accelerator.is_main_process:
             temporary = self.folder / f".checkpoint-{step}.tmp"
@@ -174,7 +175,7 @@ class Run:
             unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             assert isinstance(unwrapped, GPT)
             scaler = self.accelerator.scaler
-            inner = {"optimizer": optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
+            inner = {"optimizer": learning, "scaler": None if scaler is None else scaler.state_dict()}
             state = {
                 "stage": self.stage,
                 "step": step,
@@ -283,9 +284,19 @@ def _replace_by_link(source: Path, target: Path) -> None:
 
 @contextmanager
 def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
-    """The plain model in eval mode, for the Engine; training mode again afterwards."""
+    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
+
+    Of a sharded model, a whole copy on every process.
+    """
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     assert isinstance(unwrapped, GPT)
-    unwrapped.eval()
-    yield unwrapped
-    unwrapped.train()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        with torch.device("meta"):
+            copy = GPT(unwrapped.config)
+        copy.load_state_dict({name: whole(p) for name, p in unwrapped.state_dict().items()}, assign=True)
+        with accelerator.autocast():  # as accelerate makes the forward of a model that it does not shard
+            yield copy.eval()
+    else:
+        unwrapped.eval()
+        yield unwrapped
+        unwrapped.train()

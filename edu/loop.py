@@ -21,8 +21,6 @@ from edu.runtime import StopSignals, peak_flops
 from edu.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
-REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where every process holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,8 @@ class Result:
 
 
 NextData = Callable[[int], StepData]
-Evaluate = Callable[[int], Mapping[str, float]]
+Evaluate = Callable[[int, GPT], Mapping[str, float]]
+"""Figures of the model after a step, on the main process alone."""
 
 
 class Training:
@@ -57,12 +56,6 @@ class Training:
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
-        if self.accelerator.distributed_type not in REPLICATED:
-            kind = self.accelerator.distributed_type.value
-            why = "and flattens the parameters, which Muon needs as matrices" if kind == "DEEPSPEED" else ""
-            raise ValueError(
-                f"{kind} shards the model {why}: the loops do not support it; use accelerate_configs/multi_gpu.yaml"
-            )
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
@@ -104,8 +97,7 @@ class Training:
                     run.save(self.step, self.tokens, self.model, self.optimizer, position)
                     self.saved = self.step
                 if evaluating and not leaving:
-                    with stopped.breaking_off():  # the checkpoint has just been written
-                        self._evaluate(evaluate, name)
+                    self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
                     leaving = self._any(stopped)
                 if leaving:
                     self.accelerator.print(f"stopped after step {self.step}; the same command continues")
@@ -141,19 +133,21 @@ class Training:
                 telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
                 bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
 
-    def _evaluate(self, evaluate: Evaluate, name: str) -> None:
-        figures = evaluate(self.step)
-        self.run.log(self.step, figures)
-        shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
-        self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
+    def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
+        """Figures of the main process; a signal breaks them off, but never what all processes do together."""
+        with generating(self.accelerator, self.model) as model, stopped.breaking_off():
+            figures = evaluate(self.step, model) if self.accelerator.is_main_process else {}
+            self.run.log(self.step, figures)
+            shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
+            self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
 
     def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
         """Measure the finished model on the main process, and write down what it found."""
         results: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            with generating(self.accelerator, self.model) as model:
+        with generating(self.accelerator, self.model) as model:
+            if self.accelerator.is_main_process:
                 figures = measure(model)
-            results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
+                results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
         self.run.finish(results)
         return Result(self.step, True, results)
 
@@ -171,7 +165,8 @@ class Training:
         Several processes have to learn of it together: they try their first two steps, the second with the optimizer's
         state in memory. Later it is an error there.
         """
-        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP  # nothing can be tried without the others
+        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2 and not sharded
         while True:
             split = [term.split(self.parts) for term in terms]
             rows = max(len(batch.inputs) for term in split for batch in term.batches)
