@@ -12,14 +12,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
@@ -28,7 +27,7 @@ from edu.durable import sync, write_text
 from edu.hub import Card, check_token, model_folder, push, write_card
 from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
 from edu.model import GPT
-from edu.optim import MuonAdamW, sharded_as, whole
+from edu.optim import MuonAdamW, sharded_as
 from edu.resume import check_resumable, push_advice
 from edu.runtime import describe
 from edu.tokenizer import Tokenizer
@@ -107,7 +106,9 @@ class Run:
         accelerator.wait_for_everyone()
         if config.log_with is not None:
             settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in as_settings(config).items()}
-            accelerator.init_trackers("edu", settings)
+            name = {"name": str(self.folder)}
+            own = {"trackio": name | {"resume": "allow" if checkpoints(self.folder) else "never"}}
+            accelerator.init_trackers("edu", settings, own | {"wandb": name | {"dir": str(self.folder)}})
 
     def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, int, list[Any]]:
         """Load the newest intact checkpoint: (its step, tokens trained on, data state of each rank), or (0, 0, []).
@@ -280,23 +281,3 @@ def _replace_by_link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-
-
-@contextmanager
-def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
-    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
-
-    Of a sharded model, a whole copy on every process.
-    """
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    assert isinstance(unwrapped, GPT)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        with torch.device("meta"):
-            copy = GPT(unwrapped.config)
-        copy.load_state_dict({name: whole(p) for name, p in unwrapped.state_dict().items()}, assign=True)
-        with accelerator.autocast():  # as accelerate makes the forward of a model that it does not shard
-            yield copy.eval()
-    else:
-        unwrapped.eval()
-        yield unwrapped
-        unwrapped.train()

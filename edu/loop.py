@@ -2,20 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
 
 from edu import metrics
-from edu.checkpoint import Run, generating
+from edu.checkpoint import Run
 from edu.config import StageConfig
 from edu.metrics import progress
 from edu.model import GPT
-from edu.optim import lr_factor, make_optimizer
+from edu.optim import lr_factor, make_optimizer, whole
 from edu.report import environment
 from edu.runtime import StopSignals, peak_flops
 from edu.step import StepResult, Term, fits, train_step
@@ -192,6 +194,27 @@ class Training:
         if self.accelerator.num_processes == 1:
             return bool(stopped)
         return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
+
+
+@contextmanager
+def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
+    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
+
+    Of a sharded model, a whole copy on every process, in the precision that it is trained in.
+    """
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(unwrapped, GPT)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        with torch.device("meta"):
+            copy = GPT(unwrapped.config)
+        sharding: Any = accelerator.state.fsdp_plugin
+        dtype = sharding.mixed_precision_policy.param_dtype
+        copy.load_state_dict({name: whole(p).to(dtype) for name, p in unwrapped.state_dict().items()}, assign=True)
+        yield copy.eval()
+    else:
+        unwrapped.eval()
+        yield unwrapped
+        unwrapped.train()
 
 
 def optimizer_settings(config: StageConfig) -> dict[str, float]:

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from edu import metrics
-from edu.checkpoint import Run, generating, load_model, load_tokenizer
+from edu.checkpoint import Run, load_model, load_tokenizer
 from edu.config import RLConfig
 from edu.engine import Engine
 from edu.evals import evaluate_task
-from edu.loop import Result, StepData, Training, split_rows
+from edu.loop import Result, StepData, Training, generating, split_rows
 from edu.measure import measure_chat, read_measures, read_task, show_answers
 from edu.model import GPT
 from edu.objective import normaliser, surrogate, token_share

@@ -58,6 +58,8 @@ def compute_init(
         mixed_precision = launcher if launcher != "no" else "bf16" if has_bf16 else "no"
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"--log-with {log_with}: not installed; try `pip install -e '.[track]'`")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError("DeepSpeed's ZeRO flattens the weights, and Muon needs matrices: shard by fsdp2.yaml instead")
     sharding = _sharding(mixed_precision) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
     accelerator = Accelerator(
         cpu=device_type == "cpu",
@@ -94,6 +96,8 @@ def _sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
     """
     if os.environ.get("FSDP_VERSION") != "2":
         raise ValueError("FSDP 1 flattens the weights, and Muon needs matrices: say fsdp_version: 2 under fsdp_config")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise ValueError("weights in CPU memory were never tried: say fsdp_offload_params: false under fsdp_config")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
     return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
