@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from edu import metrics
 from edu.checkpoint import Run
@@ -204,7 +205,7 @@ def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
     """
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     assert isinstance(unwrapped, GPT)
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if isinstance(unwrapped, FSDPModule):
         with torch.device("meta"):
             copy = GPT(unwrapped.config)
         sharding: Any = accelerator.state.fsdp_plugin
