@@ -12,8 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from edu.durable import sync, write_text
 from edu.hub import Card, check_token, model_folder, push, write_card
 from edu.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
 from edu.model import GPT
-from edu.optim import MuonAdamW
+from edu.optim import MuonAdamW, sharded_as
 from edu.resume import check_resumable, push_advice
 from edu.runtime import describe
 from edu.tokenizer import Tokenizer
@@ -107,7 +106,9 @@ class Run:
         accelerator.wait_for_everyone()
         if config.log_with is not None:
             settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in as_settings(config).items()}
-            accelerator.init_trackers("edu", settings)
+            name = {"name": str(self.folder)}
+            own = {"trackio": name | {"resume": "allow" if checkpoints(self.folder) else "never"}}
+            accelerator.init_trackers("edu", settings, own | {"wandb": name | {"dir": str(self.folder)}})
 
     def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, int, list[Any]]:
         """Load the newest intact checkpoint: (its step, tokens trained on, data state of each rank), or (0, 0, []).
@@ -119,7 +120,8 @@ class Run:
         if newest is not None:
             state = json.loads((newest / "state" / "trainer.json").read_text())
             step, tokens, data = state["step"], state["tokens"], state["data"]
-            self.accelerator.unwrap_model(model).load_state_dict(GPT.from_pretrained(newest).state_dict())
+            inner, weights = self.accelerator.unwrap_model(model), GPT.from_pretrained(newest).state_dict()
+            inner.load_state_dict({name: sharded_as(weights[name], p) for name, p in inner.state_dict().items()})
             path = newest / "state" / "optimizer.pt"
             device = self.accelerator.device
             where = "cpu" if device.type == "cpu" else device  # accelerate may say cpu:0, which torch cannot load to
@@ -165,7 +167,7 @@ class Run:
         from accelerate.utils import gather_object
 
         positions = gather_object([data])
-        weights = self.accelerator.get_state_dict(model)
+        weights, learning = self.accelerator.get_state_dict(model), optimizer.state_dict()
         target = self.folder / f"checkpoint-{step}"
         if self.accelerator.is_main_process:
             temporary = self.folder / f".checkpoint-{step}.tmp"
@@ -174,7 +176,7 @@ class Run:
             unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
             assert isinstance(unwrapped, GPT)
             scaler = self.accelerator.scaler
-            inner = {"optimizer": optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict()}
+            inner = {"optimizer": learning, "scaler": None if scaler is None else scaler.state_dict()}
             state = {
                 "stage": self.stage,
                 "step": step,
@@ -279,13 +281,3 @@ def _replace_by_link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     temporary.replace(target)
-
-
-@contextmanager
-def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
-    """The plain model in eval mode, for the Engine; training mode again afterwards."""
-    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
-    assert isinstance(unwrapped, GPT)
-    unwrapped.eval()
-    yield unwrapped
-    unwrapped.train()

@@ -2,27 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from edu import metrics
-from edu.checkpoint import Run, generating
+from edu.checkpoint import Run
 from edu.config import StageConfig
 from edu.metrics import progress
 from edu.model import GPT
-from edu.optim import lr_factor, make_optimizer
+from edu.optim import lr_factor, make_optimizer, whole
 from edu.report import environment
 from edu.runtime import StopSignals, peak_flops
 from edu.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
-REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-"""Where every process holds the whole model."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Result:
 
 
 NextData = Callable[[int], StepData]
-Evaluate = Callable[[int], Mapping[str, float]]
+Evaluate = Callable[[int, GPT], Mapping[str, float]]
+"""Figures of the model after a step, on the main process alone."""
 
 
 class Training:
@@ -57,12 +59,6 @@ class Training:
 
     def __init__(self, run: Run, model: GPT) -> None:
         self.run, self.config, self.accelerator = run, run.config, run.accelerator
-        if self.accelerator.distributed_type not in REPLICATED:
-            kind = self.accelerator.distributed_type.value
-            why = "and flattens the parameters, which Muon needs as matrices" if kind == "DEEPSPEED" else ""
-            raise ValueError(
-                f"{kind} shards the model {why}: the loops do not support it; use accelerate_configs/multi_gpu.yaml"
-            )
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
@@ -104,8 +100,7 @@ class Training:
                     run.save(self.step, self.tokens, self.model, self.optimizer, position)
                     self.saved = self.step
                 if evaluating and not leaving:
-                    with stopped.breaking_off():  # the checkpoint has just been written
-                        self._evaluate(evaluate, name)
+                    self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
                     leaving = self._any(stopped)
                 if leaving:
                     self.accelerator.print(f"stopped after step {self.step}; the same command continues")
@@ -141,19 +136,21 @@ class Training:
                 telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
                 bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
 
-    def _evaluate(self, evaluate: Evaluate, name: str) -> None:
-        figures = evaluate(self.step)
-        self.run.log(self.step, figures)
-        shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
-        self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
+    def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
+        """Figures of the main process; a signal breaks them off, but never what all processes do together."""
+        with generating(self.accelerator, self.model) as model, stopped.breaking_off():
+            figures = evaluate(self.step, model) if self.accelerator.is_main_process else {}
+            self.run.log(self.step, figures)
+            shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
+            self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
 
     def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
         """Measure the finished model on the main process, and write down what it found."""
         results: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            with generating(self.accelerator, self.model) as model:
+        with generating(self.accelerator, self.model) as model:
+            if self.accelerator.is_main_process:
                 figures = measure(model)
-            results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
+                results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
         self.run.finish(results)
         return Result(self.step, True, results)
 
@@ -171,7 +168,8 @@ class Training:
         Several processes have to learn of it together: they try their first two steps, the second with the optimizer's
         state in memory. Later it is an error there.
         """
-        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP  # nothing can be tried without the others
+        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2 and not sharded
         while True:
             split = [term.split(self.parts) for term in terms]
             rows = max(len(batch.inputs) for term in split for batch in term.batches)
@@ -197,6 +195,27 @@ class Training:
         if self.accelerator.num_processes == 1:
             return bool(stopped)
         return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
+
+
+@contextmanager
+def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
+    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
+
+    Of a sharded model, a whole copy on every process, in the precision that it is trained in.
+    """
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(unwrapped, GPT)
+    if isinstance(unwrapped, FSDPModule):
+        with torch.device("meta"):
+            copy = GPT(unwrapped.config)
+        sharding: Any = accelerator.state.fsdp_plugin
+        dtype = sharding.mixed_precision_policy.param_dtype
+        copy.load_state_dict({name: whole(p).to(dtype) for name, p in unwrapped.state_dict().items()}, assign=True)
+        yield copy.eval()
+    else:
+        unwrapped.eval()
+        yield unwrapped
+        unwrapped.train()
 
 
 def optimizer_settings(config: StageConfig) -> dict[str, float]:

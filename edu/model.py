@@ -65,7 +65,19 @@ def eager_attention_forward(
 
 
 class Head(Linear):
-    """The linear layer that gives the logits: it starts near zero."""
+    """The linear layer that gives the logits; it starts near zero. With `targets`: what `GPT.forward` says of them.
+
+    They are computed in here because a weight sharded by FSDP2 is whole only while its own module computes.
+    """
+
+    def forward(
+        self, input: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
+        if targets is None:
+            return super().forward(input)
+        if weights is None:
+            return head_log_probs(input, self.weight, targets, cap)
+        return head_weighted_sum(input, self.weight, targets, weights, cap)
 
 
 class OutputLinear(Linear):
@@ -260,10 +272,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
                 use_cache=False,
                 packed=mask is not None,
             ).last_hidden_state
-            head, cap = self.lm_head.weight, self.config.final_logit_softcapping
-            if weights is not None:
-                return head_weighted_sum(hidden, head, targets, weights, cap)
-            return head_log_probs(hidden, head, targets, cap)
+            return self.lm_head(hidden, targets, weights, self.config.final_logit_softcapping)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -10,12 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
+from edu.fused import by_onednn, product
 from edu.model import GPT
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024): steep at 0, close to 1 on [0.7, 1.2]."""
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y.mT, (N, R, K) and (N, C, K) -> (N, R, C); one by one where that is the faster product."""
+    return torch.stack(list(map(product, x, y))) if by_onednn(x[0]) else x @ y.mT
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -29,8 +36,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        A = _times(X, X)  # symmetric
+        X = a * X + _times(b * A + c * _times(A, A), X.mT)
     return (X.mT if tall else X).to(matrices.dtype)
 
 
@@ -39,10 +46,25 @@ def _grad(p: Tensor) -> Tensor:
     return p.grad
 
 
+def whole(x: Tensor) -> Tensor:
+    """A tensor sharded by FSDP2, gathered: all processes must call this together. Any other as it is."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def sharded_as(x: Tensor, p: Tensor) -> Tensor:
+    """This process's share of a whole tensor that belongs to `p`, where `p` is sharded; else `x` as it is."""
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None) if isinstance(p, DTensor) else x
+
+
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups say their `kind`: "muon" (lr, momentum, weight_decay) or "adamw" (lr, betas, eps, weight_decay).
 
-    Each group keeps its own `base_lr`; `set_lr` scales them all by the schedule's factor.
+    Each group keeps its own `base_lr`; `set_lr` scales them all by the schedule's factor. Parameters may be sharded by
+    FSDP2: the state is sharded as they are, and whole in `state_dict`, which is one for any number of processes.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -59,6 +81,24 @@ class MuonAdamW(torch.optim.Optimizer):
         """Set every group's learning rate to `factor` times its base."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, sharded tensors gathered on the CPU: all processes must call this together."""
+        found = super().state_dict()
+        state = {
+            i: {name: whole(x).cpu() if isinstance(x, DTensor) else x for name, x in values.items()}
+            for i, values in found["state"].items()
+        }
+        return found | {"state": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; of whole tensors each process takes its shard."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        state = {
+            i: {name: sharded_as(x, params[i]) if x.shape == params[i].shape else x for name, x in values.items()}
+            for i, values in state_dict["state"].items()
+        }
+        super().load_state_dict(state_dict | {"state": state})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
@@ -81,10 +121,10 @@ class MuonAdamW(torch.optim.Optimizer):
             for moment, grad in zip(moments, grads, strict=True):
                 moment.lerp_(grad, 1 - group["momentum"])
             nesterov = [grad.lerp(moment, group["momentum"]) for grad, moment in zip(grads, moments, strict=True)]
-            updates = orthogonalize(torch.stack(nesterov))
+            updates = orthogonalize(torch.stack([whole(x) for x in nesterov]))
             scale = -group["lr"] * math.sqrt(max(1.0, rows / columns))
             for p, update in zip(same, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=scale)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(sharded_as(update, p), alpha=scale)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -93,11 +133,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.state[p] |= {"step": torch.zeros((), device=device)}
                 self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state = [self.state[p] for p in params]
-        adamw(
-            params,
-            [_grad(p) for p in params],
-            [s["exp_avg"] for s in state],
-            [s["exp_avg_sq"] for s in state],
+        adamw(  # of each number by itself, so shards need no other process
+            [_local(p) for p in params],
+            [_local(_grad(p)) for p in params],
+            [_local(s["exp_avg"]) for s in state],
+            [_local(s["exp_avg_sq"]) for s in state],
             [],
             [s["step"] for s in state],
             fused=params[0].device.type in ("cpu", "cuda"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from edu.bits import bits_per_byte, ngram_bits_per_byte
-from edu.checkpoint import Run, generating
+from edu.checkpoint import Run
 from edu.config import PretrainConfig
 from edu.engine import Engine
 from edu.loader import LoaderState, stream_batches, validation_batches
@@ -110,12 +110,9 @@ def train(config: PretrainConfig) -> Result:
         count = times * config.eval_batches * config.batch_size // micro
         return validation_batches(held_out, tokenizer, micro, config.sequence_length, count)
 
-    def evaluate(step: int) -> Mapping[str, float]:
-        if not accelerator.is_main_process:
-            return {}
-        with generating(accelerator, training.model) as model:
-            run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
-            return {BPB: bits_per_byte(model, validation(1), tokenizer.token_bytes())}
+    def evaluate(step: int, model: GPT) -> Mapping[str, float]:
+        run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
+        return {BPB: bits_per_byte(model, validation(1), tokenizer.token_bytes())}
 
     if not training.fit(next_data, evaluate, "pretraining"):
         return Result(training.step, finished=False)

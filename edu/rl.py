@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from edu import metrics
-from edu.checkpoint import Run, generating, load_model, load_tokenizer
+from edu.checkpoint import Run, load_model, load_tokenizer
 from edu.config import RLConfig
 from edu.engine import Engine
 from edu.evals import evaluate_task
-from edu.loop import Result, StepData, Training, split_rows
+from edu.loop import Result, StepData, Training, generating, split_rows
 from edu.measure import measure_chat, read_measures, read_task, show_answers
 from edu.model import GPT
 from edu.objective import normaliser, surrogate, token_share
@@ -70,23 +70,20 @@ def train(config: RLConfig) -> Result:
     reference = load_model(config.model, accelerator.device).eval() if config.kl else None
     steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reference, replay, T)
 
-    def evaluate(step: int) -> Mapping[str, float]:
-        if not accelerator.is_main_process:
-            return {}
-        with generating(accelerator, training.model) as model:
-            asked = [measured.get_example(i)["messages"][-1]["content"] for i in range(min(4, len(measured)))]
-            asked += config.sample_prompts
-            run.show(step, show_answers(Engine(model), tokenizer, asked, config.max_new_tokens))
-            evaluation = evaluate_task(
-                Engine(model),
-                tokenizer,
-                measured,
-                num_samples=config.eval_samples,
-                temperature=1.0,
-                max_new_tokens=config.max_new_tokens,
-                limit=config.eval_problems,
-                quiet=True,
-            )
+    def evaluate(step: int, model: GPT) -> Mapping[str, float]:
+        asked = [measured.get_example(i)["messages"][-1]["content"] for i in range(min(4, len(measured)))]
+        asked += config.sample_prompts
+        run.show(step, show_answers(Engine(model), tokenizer, asked, config.max_new_tokens))
+        evaluation = evaluate_task(
+            Engine(model),
+            tokenizer,
+            measured,
+            num_samples=config.eval_samples,
+            temperature=1.0,
+            max_new_tokens=config.max_new_tokens,
+            limit=config.eval_problems,
+            quiet=True,
+        )
         passes = [figure["value"] for name, figure in evaluation.summary.items() if name.startswith("pass@")]
         if config.num_problems is not None:
             right = [sum(sample["reward"] == 1.0 for sample in record["samples"]) for record in evaluation.records]

@@ -16,8 +16,14 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    set_seed,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from edu.fused import product
 
@@ -52,24 +58,49 @@ def compute_init(
         mixed_precision = launcher if launcher != "no" else "bf16" if has_bf16 else "no"
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"--log-with {log_with}: not installed; try `pip install -e '.[track]'`")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise ValueError("DeepSpeed's ZeRO flattens the weights, and Muon needs matrices: shard by fsdp2.yaml instead")
+    sharding = _sharding(mixed_precision) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
     accelerator = Accelerator(
         cpu=device_type == "cpu",
+        fsdp_plugin=sharding,
         mixed_precision=mixed_precision,
         log_with=log_with,
         project_dir=out,
         # The step counts its own micro-batches (see edu.step); accelerate must not guess from a data loader's end.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        # Sharded gradients are exchanged after each micro-batch: until then every process would hold them whole.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=1, sync_with_dataloader=False, sync_each_batch=sharding is not None
+        ),
         # The main process evaluates while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=4))],
     )
     check_world_size(accelerator.num_processes)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and accelerator.distributed_type != DistributedType.FSDP:
-        kind = accelerator.distributed_type.value
-        raise ValueError(f"FSDP needs a GPU: accelerate would train as {kind} without a word; use cpu_2proc.yaml")
+    if sharding is not None and accelerator.distributed_type == DistributedType.NO:
+        raise ValueError("FSDP shards the model over processes, and there is one: give --num_processes, or cpu.yaml")
+    if sharding is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate shards only where processes sit on accelerators; elsewhere it would train as DDP without a word
+        accelerator.state.fsdp_plugin = sharding
+        for state in (accelerator.state, PartialState()):
+            state.distributed_type = DistributedType.FSDP
     set_seed(seed)
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def _sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
+    """accelerate's FSDP2: blocks are gathered and computed in the precision, gradients are summed in fp32 as elsewhere.
+
+    The rest is as the launcher says, but that every process reads the weights: rollouts need a reference on each.
+    """
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise ValueError("FSDP 1 flattens the weights, and Muon needs matrices: say fsdp_version: 2 under fsdp_config")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise ValueError("weights in CPU memory were never tried: say fsdp_offload_params: false under fsdp_config")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=dtype and torch.float32, cast_forward_inputs=False)
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
 
 
 def check_world_size(num_processes: int) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 
-from edu.checkpoint import Run, generating, load_model, load_tokenizer
+from edu.checkpoint import Run, load_model, load_tokenizer
 from edu.config import SFTConfig
 from edu.engine import Engine
 from edu.loop import Result, StepData, Training, split_rows
 from edu.measure import mean_loss, measure_chat, read_measures, show_answers
 from edu.metrics import VAL_LOSS
+from edu.model import GPT
 from edu.packing import pack_rows
 from edu.runtime import compute_init
 from edu.sft_data import Epochs, batches_of, load_sft_data
@@ -38,15 +39,10 @@ def train(config: SFTConfig) -> Result:
         micro = split_rows(rows, config.micro_batch_size, accelerator)
         return StepData([[Term(batches_of(micro, T, tokenizer.pad))]])
 
-    def evaluate(step: int) -> Mapping[str, float]:
-        if not accelerator.is_main_process:
-            return {}
-        with generating(accelerator, training.model) as model:
-            run.show(step, show_answers(Engine(model), tokenizer, config.sample_prompts, config.max_new_tokens))
-            micro = [
-                held_out[at : at + config.micro_batch_size] for at in range(0, len(held_out), config.micro_batch_size)
-            ]
-            return {VAL_LOSS: mean_loss(model, batches_of(micro, T, tokenizer.pad))} if held_out else {}
+    def evaluate(step: int, model: GPT) -> Mapping[str, float]:
+        run.show(step, show_answers(Engine(model), tokenizer, config.sample_prompts, config.max_new_tokens))
+        micro = [held_out[at : at + config.micro_batch_size] for at in range(0, len(held_out), config.micro_batch_size)]
+        return {VAL_LOSS: mean_loss(model, batches_of(micro, T, tokenizer.pad))} if held_out else {}
 
     if not training.fit(next_data, evaluate, "fine-tuning"):
         return Result(training.step, finished=False)

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from edu.optim import MuonAdamW
+from edu.optim import MuonAdamW, whole
 from edu.packing import IGNORE, Batch
 
 
@@ -65,7 +65,7 @@ def train_step(
     """Accumulate the gradients of all micro-batches, clip, update. Every process must bring as many micro-batches.
 
     1. Add up N of each term over all processes.
-    2. Backward each micro-batch, scaled so that accelerate's mean over micro-batches and DDP's over processes cancel.
+    2. Backward each micro-batch, scaled so that accelerate's mean over micro-batches and DDP's or FSDP's over processes cancel.
     3. Clip and update once, after the last one.
 
     torch.OutOfMemoryError leaves model and optimizer as they were before the step.
@@ -87,7 +87,7 @@ def train_step(
         model.zero_grad()  # not the optimizer's, which accelerate keeps for the last micro-batch
         raise
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    grad_norm = float("nan") if norm is None else float(norm)
+    grad_norm = float("nan") if norm is None else float(whole(norm))
     optimizer.step()
     optimizer.zero_grad()
     losses, skipped = _sum(accelerator, sums).tolist(), bool(getattr(optimizer, "step_was_skipped", False))

@@ -1,14 +1,20 @@
-"""What the tests of the stages share: data small enough to learn by heart, and the three stages on it."""
+"""What the tests of the stages share: data small enough to learn by heart, and the three stages on it.
+
+`torchrun ... tests/small_stages.py HOME OUT` runs them on a filled HOME, one after another, each into a folder of OUT.
+"""
 
 import json
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from accelerate import Accelerator
 
-from edu import pretrain, rl, sft
+from edu import pretrain, rl, rollouts, sft
 from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig
 from edu.metrics import read_metrics
 from edu.tokenizer import Tokenizer
@@ -81,3 +87,10 @@ def reward_of(sample: Any, *_: Any) -> float:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, less what says how fast the machine was."""
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+if __name__ == "__main__":
+    rollouts.score = reward_of
+    Accelerator.end_training = lambda _: None  # ends the process group, which the next stage needs
+    for name, (train, config) in stages_in(Path(sys.argv[1])).items():
+        train(replace(config, out=Path(sys.argv[2]) / name))

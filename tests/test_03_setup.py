@@ -42,10 +42,21 @@ def test_an_unknown_precision_is_named() -> None:
         compute_init(mixed_precision="fp8")
 
 
-def test_sharding_that_accelerate_would_leave_out_without_a_word_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="FSDP needs a GPU: accelerate would train as NO without a word"):
+@pytest.mark.parametrize(
+    ("asked", "answer"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "shards the model over processes, and there is one"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 flattens the weights.*: say fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: f"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "ZeRO flattens the weights, and Muon needs matrices"),
+    ],
+)
+def test_a_sharding_that_cannot_be_is_refused_by_name(
+    asked: dict[str, str], answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FSDP_CPU_RAM_EFFICIENT_LOADING": "", "ACCELERATE_USE_CPU": "true", **asked}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=answer):
         compute_init()
 
 

@@ -221,6 +221,13 @@ def test_muon_steps_as_torchs_own(shape: tuple[int, int]) -> None:
     assert (a - b).norm() / (a - 1).norm() < 0.02
 
 
+@pytest.mark.parametrize("shape", [(2, 256, 512), (1, 512, 256)])
+def test_orthogonalization_is_the_same_by_the_faster_product(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape)
+    expected = orthogonalize(matrices.double())  # in fp64 by torch's own
+    torch.testing.assert_close(orthogonalize(matrices).double(), expected, atol=1e-5, rtol=0)
+
+
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
     values = torch.linalg.svdvals(orthogonalize(torch.randn(3, 40, 20)))
     assert values.min() > 0.6

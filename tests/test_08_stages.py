@@ -17,6 +17,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worker import FSDP2
 
 from edu import loop, pretrain, rl, rollouts
 from edu.checkpoint import Run, checkpoints
@@ -430,6 +431,19 @@ def test_a_tracker_gets_the_settings_and_every_row(
     assert calls[-1][0] == "finished"
 
 
+@pytest.mark.filterwarnings("ignore")  # tensorboard's own
+def test_tensorboard_shows_what_metrics_hold(stages: dict[str, Stage], tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train, config = stages["base"]
+    config = replace(config, out=tmp_path / "tracked", log_with="tensorboard", max_steps=4)
+    train(config)
+    shown = events.EventAccumulator(str(config.out / "edu")).Reload()
+    rows = read_metrics(config.out / "metrics.jsonl")
+    for name in ("loss", "bpb", "tokens_per_second"):
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+        assert [(event.step, event.value) for event in shown.Scalars(name)] == expected
+
+
 def test_other_settings_are_refused_in_the_same_folder(finished: dict[str, StageConfig]) -> None:
     with pytest.raises(ValueError, match="--seed was 0, is 5"):
         is_finished(replace(finished["sft"], seed=5))
@@ -506,3 +520,39 @@ def test_two_processes_train_what_one_trains_from_the_start_or_from_the_middle(
         if name == "rl":  # the same rollouts, of which each process samples its own
             for figure in ("entropy", "completions/mean_length", "step_tokens"):
                 assert rows[0][0][figure] == pytest.approx(rows[1][0][figure], rel=1e-4), figure
+
+
+@pytest.mark.slow
+def test_a_sharded_model_trains_what_one_process_trains_and_each_continues_the_others_run(
+    stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["sft"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", save_and_die(Run.save))
+        with pytest.raises(Crash):
+            train(replace(config, out=tmp_path / "sft"))  # FSDP2 goes on from there
+    gc.collect()
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."} | FSDP2
+    port = str(20000 + (os.getpid() + 200) % 20000)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [*launch, "tests/small_stages.py", str(config.out.parent), str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "sft: resuming after step 3" in done.stdout
+    rows = {name: steps_of(tmp_path / name) for name in finished}
+    losses = [row["loss"] for row in rows["base"] if "loss" in row]  # of other rows than one process reads
+    assert losses[-1] < losses[0] - 0.3
+    for found, expected in zip(rows["sft"], steps_of(finished["sft"].out), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    found, expected = (next(r for r in steps if "reward" in r) for steps in (rows["rl"], steps_of(finished["rl"].out)))
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name in finished:
+        newest = checkpoints(tmp_path / name)[-1]
+        assert json.loads((newest / "state" / "trainer.json").read_text())["environment"]["distributed_type"] == "FSDP"
+        assert weights_of(newest).keys() == weights_of(finished[name].out).keys()
+    shutil.rmtree(newest := checkpoints(tmp_path / "sft")[-1])  # one process goes on from the sharded run's step 6
+    (tmp_path / "sft" / "eval.json").unlink()
+    train(replace(config, out=tmp_path / "sft"))
+    assert newest.exists()
+    for key, weight in weights_of(finished["sft"].out).items():
+        torch.testing.assert_close(weights_of(newest)[key], weight, atol=1e-4, rtol=0, msg=key)

@@ -1,20 +1,25 @@
 """What the tests of several processes run: `torchrun ... tests/worker.py OUT MICRO_BATCH_SIZE` trains 20 steps on fixed rows."""
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from edu.gpt_config import GPTConfig
-from edu.loop import split_rows
+from edu.loop import generating, split_rows
 from edu.model import GPT
-from edu.optim import make_optimizer
+from edu.optim import make_optimizer, whole
 from edu.packing import Piece, collate
 from edu.runtime import compute_init
 from edu.step import Term, fits, train_step
 
 T = 24
+SHARDED = "ACCELERATE_USE_FSDP" in os.environ
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+"""What `accelerate launch` tells the processes by accelerate_configs/fsdp2.yaml."""
 
 
 def rows_of(step: int) -> list[list[Piece]]:
@@ -35,6 +40,7 @@ def train(micro_batch_size: int, steps: int = 20) -> tuple[dict[str, torch.Tenso
     model = GPT(GPTConfig.tiny()).double()
     settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.1}
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, **settings))
+    assert all(isinstance(p, DTensor) for p in wrapped.parameters()) == SHARDED
     curve = []
     for step in range(steps):
         terms = []
@@ -42,9 +48,12 @@ def train(micro_batch_size: int, steps: int = 20) -> tuple[dict[str, torch.Tenso
             batches = [collate(part or [[]], T) for part in split_rows(rows, micro_batch_size, accelerator)]
             # The second term counts its rows instead of its targets.
             terms.append(Term(batches, scale, count=sum(map(len, split_rows(rows, 1, accelerator))) if terms else None))
+        if step == steps // 2:  # as if a checkpoint had been written and read
+            optimizer.load_state_dict(optimizer.state_dict())
         result = train_step(accelerator, wrapped, optimizer, terms)
         curve.append([*result.losses, result.grad_norm, result.tokens])
-    return {name: p.detach() for name, p in accelerator.unwrap_model(wrapped).named_parameters()}, curve
+    with generating(accelerator, wrapped) as plain:
+        return {name: p.detach() for name, p in plain.named_parameters()}, curve
 
 
 def gradients(micro_batch_size: int) -> dict[str, torch.Tensor]:
@@ -56,9 +65,9 @@ def gradients(micro_batch_size: int) -> dict[str, torch.Tensor]:
         p.data.normal_(std=0.05)
     settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.0}
     optimizer, kept = make_optimizer(model, **settings), {}
-    grads = dict(model.named_parameters())
-    optimizer.register_step_pre_hook(lambda *_: kept.update({name: p.grad.clone() for name, p in grads.items()}))
     wrapped, prepared = accelerator.prepare(model, optimizer)
+    grads = dict(accelerator.unwrap_model(wrapped).named_parameters())
+    optimizer.register_step_pre_hook(lambda *_: kept.update({n: whole(p.grad).clone() for n, p in grads.items()}))
     batches = [collate(part or [[]], T) for part in split_rows(rows_of(1), micro_batch_size, accelerator)]
     train_step(accelerator, wrapped, prepared, [Term(batches)], clip=1e9)
     return kept
@@ -84,5 +93,5 @@ def fitting(rows: int) -> list[bool]:
 
 if __name__ == "__main__":
     micro_batch_size = int(sys.argv[2])
-    found = (*train(micro_batch_size), gradients(micro_batch_size), fitting(rows=2))
+    found = (*train(micro_batch_size), gradients(micro_batch_size), [] if SHARDED else fitting(rows=2))
     torch.save(found, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")
