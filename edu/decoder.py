@@ -72,7 +72,8 @@ class Decoder:
         x = self._norm(_filled(F.embedding(tokens.reshape(-1), self.embedding), product))
         for i, (qkv, out, fc1, fc2) in enumerate(layers):
             heads = at_least_fp32(product(self._norm(x), qkv)[: B * T]).view(B, T, H + 2 * K, D)
-            heads = torch.addcmul(heads * cos, heads.roll(D // 2, -1), sin)
+            exchanged = heads.roll(D // 2, -1)
+            heads.mul_(cos).addcmul_(exchanged, sin)
             normed = heads[:, :, : H + K]
             normed.mul_(self._scales(normed))
             heads = heads.to(x.dtype)
