@@ -1,8 +1,8 @@
 """Tokens through a GPT from its cache, with as few operators as it takes: at small batches their number is the time.
 
-The same mathematics as `edu.model`, which a test holds it to. Queries, keys and values are one product, rotated (as
-complex numbers) and cached together; of one new token a row, heads that share a key are more queries of it, so nothing is
-repeated in memory; no mask where all rows have one length; weights are arranged as this machine multiplies them fastest.
+The same mathematics as `edu.model`, which a test holds it to. Queries, keys and values are one product, rotated and
+cached together; of one new token a row, heads that share a key are more queries of it, so nothing is repeated in memory;
+no mask where all rows have one length; weights are arranged as this machine multiplies them fastest.
 
 B rows, T new tokens, S cached tokens, C channels, H query heads, K key/value heads, D head dim, V vocabulary.
 """
@@ -20,10 +20,12 @@ from edu.model import GPT, rotary_angles
 
 Product = Callable[..., Tensor]
 """(rows, arranged weights, what to add or nothing) -> rows."""
+FROM_CACHE = 6_000_000
+"""Parameters to multiply with (24 MB) that a processor's cache keeps from step to step."""
 
 
 class Decoder:
-    """Copies the weights when they are first needed, in fp32 on a CPU once for one row and once for more.
+    """Copies the weights when they are first needed, in fp32 on a CPU once for each way to multiply.
 
     `is_current` says whether any has changed since it was made.
     """
@@ -31,14 +33,16 @@ class Decoder:
     def __init__(self, model: GPT) -> None:
         self.model, self.config = model, model.config
         self.read = _fingerprint(model)
-        self.embedding = model.model.embed_tokens.weight
+        self.embedding, self.parameters = model.model.embed_tokens.weight, model.num_parameters(exclude_embeddings=True)
         self.arranged: dict[Product, tuple[list[tuple[Tensor, ...]], Tensor]] = {}
         self.eps = at_least_fp32(self.embedding.new_full((), self.config.rms_norm_eps))  # as the model's norms
         device, H, K = self.embedding.device, self.config.num_attention_heads, self.config.kv_heads
         positions = torch.arange(self.config.max_position_embeddings, device=device)[:, None]
-        cos, sin = (angles[:, 0].expand(-1, H + K, -1) for angles in rotary_angles(positions, self.config))
-        # Of every position and head, (S, H + 2K, D/2): a number to multiply pairs with. Values are not rotated.
-        self.rotation = F.pad(torch.complex(cos, -sin), (0, 0, 0, K), value=1.0)
+        cos, sin = (angles[:, 0] for angles in rotary_angles(positions, self.config))  # (S, 1, D/2)
+        rotated = torch.stack((torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)), 1)  # (S, 2, 1, D)
+        values = torch.tensor([1.0, 0.0], device=device)[:, None, None].expand_as(rotated)  # stay as they are
+        # What to multiply a position's heads with, and the same heads with their halves exchanged: (S, 2, H + 2K, D).
+        self.rotation = torch.cat((rotated.expand(-1, -1, H + K, -1), values.expand(-1, -1, K, -1)), 2)
 
     @property
     def is_current(self) -> bool:
@@ -58,18 +62,18 @@ class Decoder:
         mask = None
         if start + T == span:
             at = slice(start, span)
-            rotation = self.rotation[at]  # (T, H + 2K, D/2)
             if T > 1 and start:
                 mask = torch.ones(T, span, dtype=torch.bool, device=tokens.device).tril(start)
         else:
             assert T == 1, f"{T} tokens a row for rows of {start} to {span - T} tokens"
             at = torch.tensor(lengths, device=tokens.device)[:, None]
-            rotation = self.rotation[at]  # (B, 1, H + 2K, D/2)
             mask = (torch.arange(span, device=tokens.device) <= at)[:, None, None]  # (B, 1, 1, S)
+        cos, sin = self.rotation[at].unbind(-3)  # (T, H + 2K, D), or (B, 1, H + 2K, D) for rows of unlike lengths
         x = self._norm(_filled(F.embedding(tokens.reshape(-1), self.embedding), product))
         for i, (qkv, out, fc1, fc2) in enumerate(layers):
-            pairs = at_least_fp32(product(self._norm(x), qkv)[: B * T]).view(B, T, H + 2 * K, D // 2, 2)
-            heads = torch.view_as_real(torch.view_as_complex(pairs) * rotation).view(B, T, H + 2 * K, D)
+            heads = at_least_fp32(product(self._norm(x), qkv)[: B * T]).view(B, T, H + 2 * K, D)
+            exchanged = heads.roll(D // 2, -1)
+            heads.mul_(cos).addcmul_(exchanged, sin)
             normed = heads[:, :, : H + K]
             normed.mul_(self._scales(normed))
             heads = heads.to(x.dtype)
@@ -104,32 +108,27 @@ class Decoder:
         normed = x * self._scales(x)
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
-    def _pair(self, weight: Tensor) -> Tensor:
-        """Queries or keys with the two numbers of a pair beside each other, not D/2 apart: their products do not change."""
-        D = self.config.head_dim
-        return weight.view(-1, 2, D // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
     def weights(self, rows: int) -> tuple[Product, list[tuple[Tensor, ...]], Tensor]:
         """How to multiply so many rows with weights; the layers' weights and the head, arranged for it."""
-        product, arrange = ways(self.embedding, rows)
+        product, arrange = ways(self.embedding, rows, self.parameters)
         if product not in self.arranged:
             layers = []
             for block in self.model.model.layers:
-                q, k, v = (block.get_parameter(f"self_attn.{name}_proj.weight") for name in "qkv")
-                qkv = torch.cat((self._pair(q), self._pair(k), v))
+                qkv = torch.cat([block.get_parameter(f"self_attn.{name}_proj.weight") for name in "qkv"])
                 others = [block.get_parameter(f"{name}.weight") for name in ("self_attn.o_proj", "mlp.fc1", "mlp.fc2")]
                 layers.append(tuple(map(arrange, (qkv, *others))))
             self.arranged[product] = layers, arrange(self.model.lm_head.weight)
         return product, *self.arranged[product]
 
 
-def ways(weight: Tensor, rows: int) -> tuple[Product, Callable[[Tensor], Tensor]]:
-    """How to multiply so many rows with weights like this one fastest, and how to arrange these for it.
+def ways(weight: Tensor, rows: int, parameters: int) -> tuple[Product, Callable[[Tensor], Tensor]]:
+    """How to multiply so many rows with weights like this one, of so many in all, and how to arrange these for it.
 
-    From two rows on oneDNN's packed weights are 1.5 to 2.4 times as fast as MKL on an AMD EPYC.
+    On an AMD EPYC oneDNN's packed weights are 1.5 to 2.4 times as fast as MKL; for one row 1.4 times where weights come
+    from memory, 0.6 times where a cache holds them all.
     """
     fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if rows > 1 and fp32_on_cpu and ONEDNN:
+    if (rows > 1 or parameters > FROM_CACHE) and fp32_on_cpu and ONEDNN:
         return _product_packed, torch.ops.mkldnn._reorder_linear_weight
     return _product, _transpose
 

@@ -52,10 +52,7 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[list[int]], cache: KVCache, chunk: int = PREFILL_CHUNK) -> Float[Tensor, "B V"]:
-        """Fill an empty cache with prompts, padded on the right, and return the logits after each one's last token.
-
-        `chunk` positions of all prompts are computed at a time.
-        """
+        """Fill an empty cache with prompts, `chunk` positions of all at a time; the logits after each one's last token."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         width = max(map(len, prompts))
         ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts], device=self.device)

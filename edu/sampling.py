@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+PROBABLE = 512
+"""Tokens that nearly always hold top_p: a CPU finds them in a quarter to an eighth of the time of sorting a vocabulary."""
+
 
 @dataclass
 class Sample:
@@ -46,9 +49,13 @@ def sample_tokens(
     if min_p is not None:
         logits = logits.masked_fill(logits < logits.max(-1, keepdim=True).values + math.log(min_p), float("-inf"))
     if top_p is not None:
-        sorted_probs, order = logits.softmax(-1).sort(descending=True)
-        outside = sorted_probs.cumsum(-1) - sorted_probs >= top_p  # the first token that reaches top_p is still inside
-        logits = logits.masked_fill(outside.scatter(1, order, outside), float("-inf"))
+        probs = logits.softmax(-1)
+        sorted_probs = probs.topk(min(PROBABLE, probs.shape[-1])).values
+        if bool((sorted_probs.cumsum(-1)[:, -1] < top_p).any()):
+            sorted_probs = probs.sort(descending=True).values
+        inside = sorted_probs.cumsum(-1) - sorted_probs < top_p  # the first token that reaches top_p is still inside
+        last = sorted_probs.gather(1, inside.sum(-1, keepdim=True) - 1)
+        logits = logits.masked_fill(probs < last, float("-inf"))
     probs = logits.softmax(-1)
     cumulative = probs.cumsum(-1)
     total = cumulative[:, -1:]

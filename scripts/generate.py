@@ -31,11 +31,11 @@ def main() -> int:
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < 1:
-        raise ValueError(f"--prompt has {len(prompt)} tokens: the context holds {model.config.max_position_embeddings}")
+    context = model.config.max_position_embeddings
+    if len(prompt) + args.n > context:
+        raise ValueError(f"--prompt has {len(prompt)} tokens, --n {args.n} more: the context holds {context} in all")
     engine, same = Engine(model), True
-    for count in (min(args.n, room), room):
+    for count in (args.n, context - len(prompt)):
         seconds, found = [], []
         for tokens in (
             generate_naive(model, prompt, count),

@@ -2,11 +2,15 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchgen
+import yaml
 from test_04_model import random_gpt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from edu.decoder import Decoder
 from edu.engine import Engine, KVCache, generate_naive
@@ -88,8 +92,18 @@ def test_a_tool_that_refuses_ends_its_sample_only(model: GPT) -> None:
     assert all(len(s.tokens) == (2 if s.finish_reason == "tool_error" else 6) for s in samples)
 
 
-def test_streaming_gives_the_same_tokens(model: GPT) -> None:
-    streamed = list(Engine(model).stream(PROMPTS[1], max_new_tokens=15, seed=4))
+def test_streaming_gives_the_same_tokens_each_at_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = list[int]()
+
+    def watched(logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        steps.append(len(logits))
+        return sample_tokens(logits, *args, **options)
+
+    monkeypatch.setattr("edu.engine.sample_tokens", watched)
+    stream = Engine(model).stream(PROMPTS[1], max_new_tokens=15, seed=4)
+    streamed = [next(stream)]
+    assert len(steps) == 1, "a token is there before the next is computed"
+    streamed += stream
     assert streamed == Engine(model).generate([PROMPTS[1]], max_new_tokens=15, seed=4)[0][0].tokens
 
 
@@ -160,10 +174,30 @@ def test_truncations_keep_what_they_say(options: dict[str, float], kept: set[int
     assert sum(by_token.values()) == pytest.approx(1, abs=1e-5), "log-probabilities are of the truncated distribution"
 
 
-def test_a_uniform_number_of_almost_one_never_gives_an_impossible_token() -> None:
-    logits = torch.tensor([[0.0, 0.0, -math.inf]])
-    tokens, _ = sample_tokens(logits, torch.tensor([1 - 2**-24]))
-    assert tokens.item() == 1
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (1 - 2**-24, 2), (1.0, 2)])
+def test_the_least_and_the_greatest_number_never_give_an_impossible_token(u: float, token: int) -> None:
+    """A draw just below 1 is 1 in fp32."""
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
+    tokens, logprobs = sample_tokens(logits, torch.tensor([u]))
+    assert tokens.item() == token
+    assert logprobs.item() == pytest.approx(math.log(0.5))
+
+
+def test_top_p_keeps_what_a_sort_of_the_whole_vocabulary_keeps() -> None:
+    """Rows whose few most probable tokens reach top_p, and rows where it takes most of a large vocabulary."""
+    logits = torch.randn(8, 3000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 8, 8)[:, None]
+    probs = logits.double().softmax(-1)
+    uniforms = torch.linspace(0, 0.999, 8)
+    for rows in (slice(0, 8), slice(6, 8)):
+        tokens, logprobs = sample_tokens(logits[rows], uniforms[rows], top_p=0.8)
+        drawn = probs[rows].gather(1, tokens[:, None])
+        ranked = probs[rows].sort(descending=True).values
+        cumulative = ranked.cumsum(1)
+        last = (cumulative < 0.8).sum(1, keepdim=True)
+        assert (last > 1000).any() == (rows.start == 0)
+        kept = drawn / logprobs.double().exp()[:, None]  # the probability of all tokens that could be drawn
+        torch.testing.assert_close(kept, cumulative.gather(1, last), atol=1e-6, rtol=1e-5)
+        assert (drawn >= ranked.gather(1, last)).all(), "none is less probable than the last that is kept"
 
 
 def test_cache_has_the_logical_shape_and_takes_ragged_positions(model: GPT) -> None:
@@ -192,10 +226,11 @@ def test_prompts_of_very_different_lengths_are_not_padded_to_the_longest(monkeyp
 
     monkeypatch.setattr(Decoder, "extend", watched)
     prompts = [[1 + i % 7] * (600 if i in (3, 5) else 4 + i) for i in range(8)]
-    together = Engine(model).generate(prompts, max_new_tokens=5, temperature=0)
-    assert sorted(widths) == [11] * 6 + [600] * 2
+    together = Engine(model).generate(prompts, 3, max_new_tokens=5, temperature=0)
+    assert sorted(widths) == [11] * 6 + [600] * 2, "a prompt is computed once for all of its samples"
     for prompt, group in zip(prompts, together, strict=True):
-        assert Engine(model).generate([prompt], max_new_tokens=5, temperature=0)[0][0].tokens == group[0].tokens
+        (alone,) = Engine(model).generate([prompt], max_new_tokens=5, temperature=0)[0]
+        assert [sample.tokens for sample in group] == [alone.tokens] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
@@ -209,8 +244,12 @@ def test_prompts_computed_in_pieces_give_the_same_logits(model: GPT, chunk: int)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [[3, 9, 2, 16], [9, 9]], ids=["ragged", "even"])
-def test_the_decoder_computes_what_the_model_does(kv_heads: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize("lengths", [[3, 9, 2, 16], [9, 9], [7]], ids=["ragged", "even", "alone"])
+@pytest.mark.parametrize("cached", [6_000_000, 0], ids=["cached weights", "weights from memory"])
+def test_the_decoder_computes_what_the_model_does(
+    kv_heads: int, lengths: list[int], cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edu.decoder.FROM_CACHE", cached)
     model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads)
     prompts = [PROMPTS[3][:length] for length in lengths]
     cache, decoder = KVCache(len(prompts), 20, model), Decoder(model)
@@ -264,3 +303,38 @@ def test_bad_requests_are_named(model: GPT) -> None:
         engine.generate([[1], [50, -1]], max_new_tokens=1)
     with pytest.raises(ValueError, match="num_samples=0"):
         engine.generate([[1]], 0, max_new_tokens=1)
+
+
+def test_apples_gpus_have_every_operator_that_is_used_and_neither_complex_nor_double_numbers() -> None:
+    """No such machine is at hand: torch's own table of kernels says what it has."""
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {
+        entry["func"].partition("(")[0]: entry
+        for entry in yaml.load(table.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    }
+    used, dtypes = set[str](), set[torch.dtype]()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with self:
+                out = func.decompose(*args, **(kwargs or {}))
+            if out is NotImplemented:
+                used.add(func._schema.name.removeprefix("aten::") + f".{func._schema.overload_name}".rstrip("."))
+                out = func(*args, **(kwargs or {}))
+            dtypes.update(x.dtype for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+            return out
+
+    model = random_gpt(vocab_size=50).bfloat16()  # fp32 takes oneDNN's products, which are a CPU's
+    with Watch():
+        engine = Engine(model, max_rows=3)
+        for how in ({}, {"temperature": 0}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.01}):
+            engine.generate(PROMPTS, 2, max_new_tokens=5, **how)
+        engine.prefill(PROMPTS, KVCache(4, 20, model), 5)
+    attention = {"_scaled_dot_product_flash_attention_for_cpu"}  # elsewhere torch takes the machine's own
+    assert {"_softmax", "roll", *attention} <= used
+    general = {"CompositeExplicitAutograd", "CompositeImplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
+    for name in used - attention:
+        entry = entries[entries[name].get("structured_delegate", name)]
+        backends = {backend.strip() for some in entry.get("dispatch", {}) for backend in some.split(",")}
+        assert not backends or backends & {"MPS", *general}, name
+    assert not any(dtype.is_complex or dtype == torch.float64 for dtype in dtypes)
