@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edu.documents import CHUNK, Ahead, Encoder, Source, scan_shard
+from edu.documents import Ahead, Encoder, Source, scan_shard
 from edu.packing import IGNORE, Batch, Key, StreamPacker, shift
 
 BUFFER_TOKENS = 1 << 22  # the packing buffer takes no further document beyond, however few it holds
@@ -102,8 +102,8 @@ class Loader:
             wanted.setdefault((shard, group), set()).add(row)
         ids = {}
         for (shard, group), rows in wanted.items():
-            for document in itertools.chain.from_iterable(self.source.read(0, shard, group, np.array(sorted(rows)))):
-                ids[document.place[1:]] = document.ids
+            read = self.source.read(0, shard, group, np.array(sorted(rows)))
+            ids |= {place[1:]: found for place, found, _ in itertools.chain.from_iterable(read)}
         for size, *place, offset in self.start.buffer:
             found = ids.get(tuple(place[1:]))
             if found is None or 1 + len(found) - offset != size:
@@ -170,7 +170,7 @@ def validation_batches(
     So a measure on them is too. Process r takes batches r, r + world_size, ...; each gets as many, the last perhaps
     with nothing to learn in it. All processes encode all of it, which is small.
     """
-    stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=CHUNK)
+    stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=64)
     batches = itertools.islice((batch for batch, _ in stream), max_batches)
     while group := list(itertools.islice(batches, world_size)):
         if rank < len(group):

@@ -242,8 +242,8 @@ class StreamPacker:
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
     """The Batch of rows of T + 1 tokens and T positions; IGNORE marks places at the end that are not filled."""
     inputs, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-    weights = np.ones(targets.shape, np.float32)
+    weights = torch.ones(targets.shape)
     if tokens[-1, -1] == IGNORE:
-        weights[targets == IGNORE] = 0
+        weights[torch.from_numpy(targets == IGNORE)] = 0
         inputs[inputs == IGNORE] = pad
-    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), weights, torch.from_numpy(positions))

@@ -112,12 +112,19 @@ def test_states_of_an_endless_stream_resume_across_epochs(shards: list[Path]) ->
         assert same(next(stream_batches(shards, TOKENIZER, 4, 32, state=whole[k][1]))[0], whole[k + 1][0])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 20, 40])
 @pytest.mark.parametrize("rows_a_group", [1, 4, 1000])
 def test_ranks_together_see_the_data_set_once_an_epoch(tmp_path: Path, world_size: int, rows_a_group: int) -> None:
+    """With more ranks than documents (26), too: those left without one say so at once."""
     paths = [write(tmp_path / f"{i}.parquet", texts_of(13, i), rows_a_group) for i in range(2)]
+    for rank in range(26, world_size):
+        with pytest.raises(ValueError, match=f"process {rank} of {world_size} finds no text in the 26 rows"):
+            next(stream_batches(paths, TOKENIZER, 2, 16, rank, world_size))
     for epochs in (1, 2):
-        ranks = [list(stream_batches(paths, TOKENIZER, 2, 16, r, world_size, epochs=epochs)) for r in range(world_size)]
+        ranks = [
+            list(stream_batches(paths, TOKENIZER, 2, 16, rank, world_size, epochs=epochs))
+            for rank in range(min(world_size, 26))
+        ]
         seen = sum((tokens_of([batch for batch, _ in batches]) for batches in ranks), Counter())
         assert seen == Counter({byte: epochs * n for byte, n in bytes_of(all_texts(paths)).items()})
         documents = [batches[-1][1].documents for batches in ranks]
@@ -399,13 +406,15 @@ def test_an_abandoned_stream_lets_the_process_end_in_silence(shards: list[Path],
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
-    """60 MB of text through a buffer of 50 documents (0.25 MB, a 240th) in rows of 512: resident memory is flat."""
+    """60 MB of text through a buffer of 0.25 MB, a 240th: half of the text never comes on top of what a small part took."""
     text = texts_of(3000, longest=10_000)
     paths = [write(tmp_path / f"{i}.parquet", text, rows_a_group=100) for i in range(4)]
-    process, sizes = psutil.Process(), []
-    for k, _ in enumerate(stream_batches(paths, TOKENIZER, 8, 512, epochs=1, buffer_size=50)):
-        if k % 100 == 0:
-            sizes.append(process.memory_info().rss / 1e6)
+    first, process, sizes = write(tmp_path / "first.parquet", text[:100]), psutil.Process(), []
+    for part, epochs in (([first], 3), (paths, 1)):
+        for k, _ in enumerate(stream_batches(part, TOKENIZER, 8, 512, epochs=epochs, buffer_size=50)):
+            if k % 100 == 0:
+                sizes.append(process.memory_info().rss / 1e6)
+        if part == [first]:
+            sizes = [process.memory_info().rss / 1e6]
     assert k > 10_000
-    half = len(sizes) // 2
-    assert max(sizes[half:]) < max(sizes[:half]) + 15, sizes[::10]
+    assert max(sizes) < sizes[0] + 30, sizes[::10]
