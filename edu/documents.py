@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from edu.shards import holds_text
+
 CHUNK = 128  # rows decoded and encoded at once: 64 cost 2% of the loader's speed in caches gone cold (docs/LOG.md)
 AHEAD = 2  # chunks encoded before they are asked for
 T = TypeVar("T")
@@ -70,10 +72,11 @@ class Source:
         The tokenizer is a copy because a tiktoken encoder is 1.2 times as fast in the thread that first used it.
         """
         own = replace(self, tokenizer=copy.deepcopy(self.tokenizer))
+        groups = [(i, group, count) for i, shard in enumerate(self.shards) for group, count in enumerate(shard.groups)]
         found = start > (0, 0, 0, 0)
         for epoch in itertools.count(start[0]) if epochs is None else range(start[0], epochs):
             offset = 0
-            for shard, group, count in self._groups():
+            for shard, group, count in groups:
                 rows = np.arange((self.rank - offset) % self.world_size, count, self.world_size)
                 offset += count
                 if (epoch, shard, group) <= start[:3]:
@@ -106,11 +109,6 @@ class Source:
                 raise ValueError(f"{problem}; download the shard again") from error
             warnings.warn(f"{problem}; {len(rows) - done} rows are left out", stacklevel=2)
             yield [((epoch, shard, group, int(rows[-1])), None, len(rows) - done)]
-
-    def _groups(self) -> Iterator[tuple[int, int, int]]:
-        """Shard, row group, rows."""
-        for number, shard in enumerate(self.shards):
-            yield from ((number, group, rows) for group, rows in enumerate(shard.groups))
 
     def _texts(self, shard: int, group: int) -> Iterator[pa.Array]:
         path, column = self.shards[shard].path, [self.column]
@@ -146,9 +144,7 @@ def scan_shard(path: Path, column: str, on_bad: Literal["error", "skip"]) -> Sha
             raise ValueError(f"{path}: not a readable parquet file ({error}); download it again") from error
         warnings.warn(f"{path}: not a readable parquet file ({error}); left out", stacklevel=3)
         return Shard(path, path.stat().st_size, ())
-    kind = schema.field(column).type if column in schema.names else pa.null()
-    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+    if not holds_text(schema, column):
         names = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(f"{path}: needs a column {column!r} of strings; has {names}")
     return Shard(path, path.stat().st_size, groups)

@@ -65,19 +65,10 @@ class Loader:
 
     def batches(self, batch_size: int) -> Iterator[tuple[Batch, LoaderState]]:
         """Batches until the documents run out; the last one then has places with nothing to learn."""
+        whose = (self.start.shards, self.start.rank, self.start.world_size)
         while batch := self.packer.batch(batch_size, self._refill):
-            state = LoaderState(
-                self.start.shards,
-                self.start.rank,
-                self.start.world_size,
-                self.position,
-                tuple(self.packer.buffer.items),
-                self.documents,
-                self.empty,
-                self.corrupt,
-                self.packer.dropped,
-            )
-            yield batch, state
+            waiting, counts = tuple(self.packer.buffer.items), (self.documents, self.empty, self.corrupt)
+            yield batch, LoaderState(*whose, self.position, waiting, *counts, self.packer.dropped)
 
     def _refill(self) -> None:
         """Take documents into the packing buffer until it is full, and count what was left out."""

@@ -38,12 +38,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in (self.inputs, self.targets, self.weights, self.positions)))
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
     def split(self, parts: int) -> "list[Batch]":
         """Its rows in as many smaller batches, or one a row where there are fewer rows."""
-        tensors = (self.inputs, self.targets, self.weights, self.positions)
-        return [Batch(*parted) for parted in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True)]
+        return [Batch(*rows) for rows in zip(*(tensor.chunk(parts) for tensor in vars(self).values()), strict=True)]
 
 
 @dataclass(frozen=True)

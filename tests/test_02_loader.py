@@ -1,6 +1,7 @@
 """Laws of the dataloader: resuming is exact, ranks share the data set, nothing is lost, odd data is named or counted."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch
 from edu.loader import LoaderState, stream_batches, validation_batches
 from edu.packing import IGNORE, Batch
 from edu.shards import list_shards
+from edu.tokenizer import Tokenizer
 
 BOS = 256
 
@@ -147,6 +149,21 @@ def test_a_rank_without_documents_is_an_error_and_no_hang(tmp_path: Path) -> Non
             next(stream_batches([path], TOKENIZER, 1, 8, rank, world_size))
     with pytest.raises(ValueError, match="no rows in 0 shards"):
         stream_batches([], TOKENIZER, 1, 8)
+
+
+@pytest.mark.slow
+def test_more_processes_than_documents_end_with_one_line_and_no_hang(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write(tmp_path / "data" / "a.parquet", ["The only document there is. " * 9])
+    write(tmp_path / "data" / "val" / "b.parquet", ["The cat sees the dog."])
+    tokenizer.save(tmp_path / "tokenizer")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = [f"--{name}={tmp_path / name}" for name in ("data", "tokenizer", "out")]
+    command = [*launch, "scripts/pretrain.py", *paths, "--layers=1", "--channels=32", "--sequence-length=32"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: process 1 of 2 finds no text in the 1 rows of 1 shards")
 
 
 def test_rows_are_full_and_positions_restart_at_each_bos(shards: list[Path]) -> None:
