@@ -76,18 +76,10 @@ class Tokenizer:
         self.pattern = pattern
         self.model_max_length = model_max_length
         self.special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
-        (
-            self.bos,
-            self.user_start,
-            self.user_end,
-            self.assistant_start,
-            self.assistant_end,
-            self.python_start,
-            self.python_end,
-            self.output_start,
-            self.output_end,
-            *pad,
-        ) = self.special.values()
+        self.bos, self.user_start, self.user_end, self.assistant_start, self.assistant_end, *tool = (
+            self.special.values()
+        )
+        self.python_start, self.python_end, self.output_start, self.output_end, *pad = tool
         (self.pad,) = pad or (self.assistant_end,)
         self.vocab_size = len(ranks) + len(self.special)
         ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
