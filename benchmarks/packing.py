@@ -2,6 +2,9 @@
 
 Example: python benchmarks/packing.py --data data/fineweb-edu --tokenizer runs/d12/tokenizer --sequence-lengths 256
 
+Two cases matter: text in plenty (--tokens well below what DATA holds: throwing away costs nothing), and text that is
+used up (--tokens as many as DATA holds or more: what was thrown away is made up for by repeating the rest).
+
 The model, its optimizer and their settings are those of recipes/tiny; only the rows differ. The loss is measured on held-out
 text in two ways, since each packing is at home in one: the rows that the loader gives, some of which start within a
 document, and rows in which every piece starts with its document, as cropping trains them.

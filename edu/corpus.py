@@ -17,10 +17,8 @@ import pyarrow.parquet as pq
 
 from edu.durable import publish
 from edu.grammar import DATA
-from edu.problems import held_out, problem_files
+from edu.problems import problem_files
 from edu.world import chats, draw_documents, held_out_chats
-
-__all__ = ["held_out", "iter_texts", "write_corpus"]
 
 ROWS_PER_GROUP = 1_000
 DOCUMENTS_PER_SHARD = 20_000
@@ -67,13 +65,6 @@ def _is_complete(out_dir: Path, settings: dict[str, int]) -> bool:
         return manifest == settings and all((out_dir / name).stat().st_size == size for name, size in sizes.items())
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return False
-
-
-def iter_texts(folder: Path) -> Iterator[str]:
-    """All texts of the shards that lie directly in a folder, in order."""
-    for path in sorted(folder.glob("*.parquet")):
-        for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-            yield from batch.column("text").to_pylist()
 
 
 def _files(seed: int, count: int) -> Iterator[tuple[str, Callable[[Path], Any]]]:

@@ -14,14 +14,16 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-CHUNK = 64  # rows decoded and encoded at once
-AHEAD = 4  # chunks encoded before they are asked for
+from edu.shards import holds_text
+
+CHUNK = 128  # rows decoded and encoded at once: 64 cost 2% of the loader's speed in caches gone cold (docs/LOG.md)
+AHEAD = 2  # chunks encoded before they are asked for
 T = TypeVar("T")
 
 
@@ -35,12 +37,9 @@ class Encoder(Protocol):
         ...
 
 
-class Document(NamedTuple):
-    """One row of the data set, encoded."""
-
-    place: tuple[int, int, int, int]  # epoch, shard, row group, row
-    ids: np.ndarray | None  # None: nothing in it to learn from
-    corrupt: int = 0  # rows that could not be read, this one included
+# One row of the data set, encoded: its place (epoch, shard, row group, row); its ids, None where it holds nothing to
+# learn from; how many rows could not be read, this one included. A plain tuple costs a fifth of a named one.
+Document = tuple[tuple[int, int, int, int], np.ndarray | None, int]
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,17 @@ class Source:
         The tokenizer is a copy because a tiktoken encoder is 1.2 times as fast in the thread that first used it.
         """
         own = replace(self, tokenizer=copy.deepcopy(self.tokenizer))
+        groups = [(i, group, count) for i, shard in enumerate(self.shards) for group, count in enumerate(shard.groups)]
         found = start > (0, 0, 0, 0)
         for epoch in itertools.count(start[0]) if epochs is None else range(start[0], epochs):
             offset = 0
-            for shard, group, count in self._groups():
+            for shard, group, count in groups:
                 rows = np.arange((self.rank - offset) % self.world_size, count, self.world_size)
                 offset += count
                 if (epoch, shard, group) <= start[:3]:
                     rows = rows[rows >= start[3]] if (epoch, shard, group) == start[:3] else rows[:0]
                 for chunk in own.read(epoch, shard, group, rows):
-                    found = found or any(document.ids is not None for document in chunk)
+                    found = found or any(ids is not None for _, ids, _ in chunk)
                     yield chunk
             if not found:
                 raise ValueError(
@@ -99,7 +99,7 @@ class Source:
                 chosen = rows[done : np.searchsorted(rows, first + len(texts))]
                 if len(chosen):
                     mine = texts if len(chosen) == len(texts) else texts.take(pa.array(chosen - first))
-                    yield list(self._encode(strings(mine), (epoch, shard, group), chosen))
+                    yield self._encode(strings(mine), (epoch, shard, group), chosen)
                 done, first = done + len(chosen), first + len(texts)
                 if done == len(rows):
                     return
@@ -108,25 +108,18 @@ class Source:
             if self.on_bad == "error":
                 raise ValueError(f"{problem}; download the shard again") from error
             warnings.warn(f"{problem}; {len(rows) - done} rows are left out", stacklevel=2)
-            yield [Document((epoch, shard, group, int(rows[-1])), None, len(rows) - done)]
-
-    def _groups(self) -> Iterator[tuple[int, int, int]]:
-        """Shard, row group, rows."""
-        for number, shard in enumerate(self.shards):
-            yield from ((number, group, rows) for group, rows in enumerate(shard.groups))
+            yield [((epoch, shard, group, int(rows[-1])), None, len(rows) - done)]
 
     def _texts(self, shard: int, group: int) -> Iterator[pa.Array]:
         path, column = self.shards[shard].path, [self.column]
         # Reading ahead and Arrow's own threads cost more than they bring to one column that is read chunk by chunk.
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             for batch in file.iter_batches(CHUNK, row_groups=[group], columns=column, use_threads=False):
-                texts = batch.column(0)
-                yield texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
+                yield batch.column(0)
 
-    def _encode(self, texts: list[str | None], group: tuple[int, int, int], rows: np.ndarray) -> Iterator[Document]:
-        encoded = iter(self.tokenizer.encode_batch([text for text in texts if text]))
-        for row, text in zip(rows.tolist(), texts, strict=True):
-            yield Document((*group, row), next(encoded) if text else None)
+    def _encode(self, texts: list[str | None], group: tuple[int, int, int], rows: np.ndarray) -> list[Document]:
+        ids = iter(self.tokenizer.encode_batch([text for text in texts if text]))
+        return [((*group, row), next(ids) if text else None, 0) for row, text in zip(rows.tolist(), texts, strict=True)]
 
 
 def strings(texts: pa.Array) -> list[str | None]:
@@ -151,9 +144,7 @@ def scan_shard(path: Path, column: str, on_bad: Literal["error", "skip"]) -> Sha
             raise ValueError(f"{path}: not a readable parquet file ({error}); download it again") from error
         warnings.warn(f"{path}: not a readable parquet file ({error}); left out", stacklevel=3)
         return Shard(path, path.stat().st_size, ())
-    kind = schema.field(column).type if column in schema.names else pa.null()
-    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+    if not holds_text(schema, column):
         names = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise ValueError(f"{path}: needs a column {column!r} of strings; has {names}")
     return Shard(path, path.stat().st_size, groups)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edu.documents import CHUNK, Ahead, Encoder, Source, scan_shard
+from edu.documents import Ahead, Encoder, Source, scan_shard
 from edu.packing import IGNORE, Batch, Key, StreamPacker, shift
 
 BUFFER_TOKENS = 1 << 22  # the packing buffer takes no further document beyond, however few it holds
@@ -65,19 +65,10 @@ class Loader:
 
     def batches(self, batch_size: int) -> Iterator[tuple[Batch, LoaderState]]:
         """Batches until the documents run out; the last one then has places with nothing to learn."""
+        whose = (self.start.shards, self.start.rank, self.start.world_size)
         while batch := self.packer.batch(batch_size, self._refill):
-            state = LoaderState(
-                self.start.shards,
-                self.start.rank,
-                self.start.world_size,
-                self.position,
-                tuple(self.packer.buffer.items),
-                self.documents,
-                self.empty,
-                self.corrupt,
-                self.packer.dropped,
-            )
-            yield batch, state
+            waiting, counts = tuple(self.packer.buffer.items), (self.documents, self.empty, self.corrupt)
+            yield batch, LoaderState(*whose, self.position, waiting, *counts, self.packer.dropped)
 
     def _refill(self) -> None:
         """Take documents into the packing buffer until it is full, and count what was left out."""
@@ -102,8 +93,8 @@ class Loader:
             wanted.setdefault((shard, group), set()).add(row)
         ids = {}
         for (shard, group), rows in wanted.items():
-            for document in itertools.chain.from_iterable(self.source.read(0, shard, group, np.array(sorted(rows)))):
-                ids[document.place[1:]] = document.ids
+            read = self.source.read(0, shard, group, np.array(sorted(rows)))
+            ids |= {place[1:]: found for place, found, _ in itertools.chain.from_iterable(read)}
         for size, *place, offset in self.start.buffer:
             found = ids.get(tuple(place[1:]))
             if found is None or 1 + len(found) - offset != size:
@@ -136,9 +127,9 @@ def stream_batches(
     Every document starts with BOS, and so does every row; a document that does not fit goes on in a later row, after a
     BOS of its own (see StreamPacker). Rows are full, weights 1. With `epochs`, the last batch is filled up with IGNORE.
 
-    buffer_size: documents to choose from; with log-normal lengths of median 700 tokens, 1,000 give targets no more
-    context than 256 do, at T = 256, 1024, 2048 (simulated).
-    carry: the rest of a cut document goes on, rather than being thrown away.
+    buffer_size: documents to choose from, which take turns in the rows: at T = 256, a buffer of 64 costs 0.7% of the loss
+    reached, one of 1,000 gains 0.2%, for four times the state and colder caches (docs/LOG.md).
+    carry: the rest of a cut document goes on, rather than being thrown away (the two compared: docs/benchmarks.md).
     state: go on after the batch that it came with. It holds for the same shards, rank and world size; batch and row
     sizes may change. on_bad: what to do about a shard or a row group that cannot be read; "skip" warns and counts.
     ValueError for shards that are missing, unreadable, without a column of text, or not those of the state.
@@ -170,7 +161,7 @@ def validation_batches(
     So a measure on them is too. Process r takes batches r, r + world_size, ...; each gets as many, the last perhaps
     with nothing to learn in it. All processes encode all of it, which is small.
     """
-    stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=CHUNK)
+    stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=64)
     batches = itertools.islice((batch for batch, _ in stream), max_batches)
     while group := list(itertools.islice(batches, world_size)):
         if rank < len(group):

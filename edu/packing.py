@@ -38,12 +38,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device."""
-        return Batch(*(tensor.to(device) for tensor in (self.inputs, self.targets, self.weights, self.positions)))
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
     def split(self, parts: int) -> "list[Batch]":
         """Its rows in as many smaller batches, or one a row where there are fewer rows."""
-        tensors = (self.inputs, self.targets, self.weights, self.positions)
-        return [Batch(*parted) for parted in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True)]
+        return [Batch(*rows) for rows in zip(*(tensor.chunk(parts) for tensor in vars(self).values()), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -242,8 +241,8 @@ class StreamPacker:
 def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
     """The Batch of rows of T + 1 tokens and T positions; IGNORE marks places at the end that are not filled."""
     inputs, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-    weights = np.ones(targets.shape, np.float32)
+    weights = torch.ones(targets.shape)
     if tokens[-1, -1] == IGNORE:
-        weights[targets == IGNORE] = 0
+        weights[torch.from_numpy(targets == IGNORE)] = 0
         inputs[inputs == IGNORE] = pad
-    return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))
+    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), weights, torch.from_numpy(positions))

@@ -77,15 +77,13 @@ def read_mixture(path: Path) -> list[Source]:
     entries = read_yaml(path) or []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
-            source = Source(**entry)
-            good = (source.path is None) != (source.hub is None) and source.weight > 0
-        except TypeError:
-            raise ValueError(
-                f"{path}, source {i}: give path or hub, and config, split, weight; found {entry!r}"
-            ) from None
-        if not good:
-            raise ValueError(f"{path}, source {i}: give either path or hub, and a positive weight; found {entry!r}")
-        sources.append(Source(**(entry | {"path": Path(entry["path"])})) if source.path else source)
+            source = Source(**(entry | {"path": Path(entry["path"])} if entry.get("path") else entry))
+            if (source.path is None) == (source.hub is None) or source.weight <= 0:
+                raise TypeError
+        except (AttributeError, TypeError):
+            form = "give either path or hub, and config, split, a positive weight"
+            raise ValueError(f"{path}, source {i}: {form}; found {entry!r}") from None
+        sources.append(source)
     if not sources:
         raise ValueError(f"{path}: no sources")
     return sources

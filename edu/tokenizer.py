@@ -15,7 +15,6 @@ Face's words, and a test holds the two equal. Text never becomes a special token
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,18 +76,10 @@ class Tokenizer:
         self.pattern = pattern
         self.model_max_length = model_max_length
         self.special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
-        (
-            self.bos,
-            self.user_start,
-            self.user_end,
-            self.assistant_start,
-            self.assistant_end,
-            self.python_start,
-            self.python_end,
-            self.output_start,
-            self.output_end,
-            *pad,
-        ) = self.special.values()
+        self.bos, self.user_start, self.user_end, self.assistant_start, self.assistant_end, *tool = (
+            self.special.values()
+        )
+        self.python_start, self.python_end, self.output_start, self.output_end, *pad = tool
         (self.pad,) = pad or (self.assistant_end,)
         self.vocab_size = len(ranks) + len(self.special)
         ordinary = sorted(self.ranks, key=self.ranks.__getitem__)
@@ -105,7 +96,7 @@ class Tokenizer:
         """The ids of ordinary text; special tokens typed in it stay text, lone surrogates become "?"."""
         return self._bpe.encode_ordinary(clean(text))
 
-    def encode_batch(self, texts: Iterable[str], threads: int = 1) -> list[np.ndarray]:
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """`encode` in bulk: one read-only uint32 array a text, without a Python list between."""
 
         def encode(text: str) -> np.ndarray:
@@ -114,10 +105,7 @@ class Tokenizer:
             except UnicodeEncodeError:  # a lone surrogate; to look for one in every text would cost more
                 return self._bpe.encode_to_numpy(clean(text), disallowed_special=())
 
-        if threads == 1:
-            return [encode(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(encode, texts))
+        return [encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
         """The bytes of the ids; special tokens are written by name, or left out. ValueError on an id out of range."""

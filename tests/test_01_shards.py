@@ -224,6 +224,7 @@ def test_backoff_doubles_with_jitter_and_retry_after_is_honoured(plan: Plan, tmp
     assert len(set(waits)) == 4
     for wait, low, high in zip(waits, (0.5, 7, 2, 4), (1.5, 7, 6, 12), strict=True):
         assert low <= wait <= high
+    assert waits[3] != 2 * waits[2]  # not in step with other processes
 
 
 def test_a_server_that_asks_for_an_hour_is_given_up_at_once(plan: Plan, tmp_path: Path) -> None:

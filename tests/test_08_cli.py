@@ -118,6 +118,15 @@ def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert "1 longer than 64 tokens" in data.describe()
 
 
+@pytest.mark.parametrize(
+    "entry", ["nope: 1", "path: a\n  hub: b/c", "path: a\n  weight: 0", "path: a\n  weight: x", "3", "[1]"]
+)
+def test_a_source_of_a_mixture_that_is_none_is_named(tmp_path: Path, entry: str) -> None:
+    (tmp_path / "mixture.yaml").write_text(f"- path: good.jsonl\n- {entry}\n")
+    with pytest.raises(ValueError, match=r"mixture\.yaml, source 1: give either path or hub, .*; found "):
+        read_mixture(tmp_path / "mixture.yaml")
+
+
 def test_a_mixture_of_hub_and_files_is_read_the_same_twice_weighted_and_counted(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

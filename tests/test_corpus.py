@@ -19,6 +19,11 @@ DOCUMENTS = 4_000
 Steps = tuple[str, ...]
 
 
+def texts_in(folder: Path) -> list[str]:
+    """All texts of the shards that lie directly in a folder, in order."""
+    return [text for path in sorted(folder.glob("*.parquet")) for text in pq.read_table(path)["text"].to_pylist()]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "tiny"
@@ -29,7 +34,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def training_texts(written: Path) -> list[str]:
     """Everything that any stage trains on, as text."""
-    texts = list(corpus.iter_texts(written))
+    texts = texts_in(written)
     texts += [f"{line['question']}\n{line['answer']}" for name in ("train", "sft") for line in problems(written, name)]
     texts += [message["content"] for line in read(written / "chats.jsonl") for message in line["messages"]]
     return texts
@@ -92,11 +97,11 @@ def test_shards_have_the_form_of_real_ones(written: Path) -> None:
         metadata = pq.read_metadata(path)
         assert metadata.schema.names == ["text"]
         assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1_000, 1_000]
-    assert sum(1 for _ in corpus.iter_texts(written / "val")) == DOCUMENTS // corpus.VALIDATION_SHARE
+    assert len(texts_in(written / "val")) == DOCUMENTS // corpus.VALIDATION_SHARE
 
 
 def test_documents_are_all_different_and_validation_is_apart(written: Path) -> None:
-    training, validation = list(corpus.iter_texts(written)), list(corpus.iter_texts(written / "val"))
+    training, validation = texts_in(written), texts_in(written / "val")
     assert len(training) == DOCUMENTS
     assert len(set(training + validation)) == len(training) + len(validation)
 
@@ -294,7 +299,7 @@ def test_an_unknown_slot_names_its_template() -> None:
 
 def test_texts_are_tidy_english(written: Path, training_texts: list[str]) -> None:
     untidy = r"[\[\]{}|]|  | [.,?!]|\.\.|\n\n|\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]|\b1 (?!is|as|plus|minus|times)[a-z]+s\b"
-    for text in [*training_texts, *corpus.iter_texts(written / "val")]:
+    for text in [*training_texts, *texts_in(written / "val")]:
         assert not re.search(untidy, text), text
         assert re.match(r'[A-Z0-9"]', text), text
         assert re.search(r'[.?!"0-9]$', text), text
