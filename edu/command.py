@@ -88,7 +88,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
     # OpenMP's threads spin briefly and then sleep while they wait. Endless spinning made training two to three times
     # slower than sleeping where another program kept a core busy (docs/LOG.md, 2026-11-22).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks Linux for huge pages: a few percent
     try:
         code = main()
     except KeyboardInterrupt:
