@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from edu import evals, measure
 from edu.bits import bits_per_byte, ngram_bits_per_byte, text_nats
 from edu.chat import render, render_prompt
 from edu.engine import Engine
@@ -197,6 +198,43 @@ def test_a_problems_seed_does_not_depend_on_how_many_are_asked(engine: Any, toke
     assert three[:2] == two
     assert three == all_of_them
     assert not set(three) & set(other)
+
+
+def test_a_problem_may_be_asked_after_other_turns(engine: Any, tokenizer: Tokenizer, task: GSM8K) -> None:
+    before = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Pico."}]
+    alone = evaluate_task(engine, tokenizer, task, quiet=True)
+    later = [render_prompt([*before, *task.get_example(i)["messages"]], tokenizer) for i in range(3)]
+    engine.answers = dict(zip(map(tuple, later), engine.answers.values(), strict=True))  # it knows no other prompt
+    assert evaluate_task(engine, tokenizer, task, before=before, quiet=True) == alone
+
+
+def test_the_third_turn_is_asked_after_the_models_own_first_two_answers(
+    tokenizer: Tokenizer, task: GSM8K, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def evaluate(*_: Any, before: Any = (), **__: Any) -> evals.Evaluation:
+        asked.append(before)
+        return evals.Evaluation({}, [])
+
+    monkeypatch.setattr(evals, "evaluate_task", evaluate)
+    who, maker = said("I am Pico.", tokenizer), said("The Tiny Lab.", tokenizer)
+    script = Scripted({"Who are you?": [who], "Who made you?": [maker]}, tokenizer)
+    measures = measure.Measures(
+        {"math": task}, load_persona(Path(__file__).parent.parent / "data" / "persona.yaml"), [], None
+    )
+    config: Any = SimpleNamespace(
+        sample_prompts=("Who are you?", "Who made you?", "Not this."),
+        max_new_tokens=8,
+        eval_limit=None,
+        eval_samples=2,
+        seed=0,
+        out=tmp_path,
+    )
+    found = measure.measure_chat(script, tokenizer, config, measures)  # type: ignore[arg-type]
+    turns = ["Who are you?", "I am Pico.", "Who made you?", "The Tiny Lab."]
+    assert [[turn["content"] for turn in before] for before in asked] == [[], turns, []]
+    assert list(found["math"]) == ["greedy", "third_turn", "sampled"]
 
 
 def test_a_problem_beyond_the_context_counts_as_unanswered(engine: Any, tokenizer: Tokenizer, task: GSM8K) -> None:
