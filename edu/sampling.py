@@ -40,7 +40,9 @@ def sample_tokens(
     ([0, 1], [0.2, 0.8])
     """
     if temperature == 0:
-        best = logits.argmax(-1)
+        # On a CPU numpy looks at sixteen numbers at once, torch at one; numpy has no bf16.
+        by_numpy = logits.device.type == "cpu" and logits.dtype != torch.bfloat16
+        best = torch.from_numpy(logits.numpy().argmax(-1)) if by_numpy else logits.argmax(-1)
         return best, logits.log_softmax(-1).gather(1, best[:, None]).squeeze(1)
     if temperature != 1:
         logits = logits / temperature

@@ -245,12 +245,23 @@ def test_prompts_computed_in_pieces_give_the_same_logits(model: GPT, chunk: int)
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("lengths", [[3, 9, 2, 16], [9, 9], [7]], ids=["ragged", "even", "alone"])
-@pytest.mark.parametrize("cached", [6_000_000, 0], ids=["cached weights", "weights from memory"])
+@pytest.mark.parametrize(
+    ("dtype", "threads", "tolerance"),
+    [(torch.float32, 1, 1e-5), (torch.float32, 3, 1e-5), (torch.float64, 1, 1e-12)],
+    ids=["loops", "loops on several threads, packed weights", "operators"],
+)
 def test_the_decoder_computes_what_the_model_does(
-    kv_heads: int, lengths: list[int], cached: int, monkeypatch: pytest.MonkeyPatch
+    kv_heads: int,
+    lengths: list[int],
+    dtype: torch.dtype,
+    threads: int,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("edu.decoder.FROM_CACHE", cached)
-    model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("edu.decoder.FROM_CACHE", 0)
+    monkeypatch.setattr("edu.kernels.PART", 1)
+    model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads).to(dtype)
     prompts = [PROMPTS[3][:length] for length in lengths]
     cache, decoder = KVCache(len(prompts), 20, model), Decoder(model)
     Engine(model).prefill(prompts, cache)
@@ -258,7 +269,7 @@ def test_the_decoder_computes_what_the_model_does(
         logits = decoder.step(torch.tensor([token] * len(prompts)), [length + step for length in lengths], cache)
         prompts = [[*prompt, token] for prompt in prompts]
         expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_the_engine_follows_its_model() -> None:

@@ -1,0 +1,119 @@
+"""Chapter 5: the loops that numba compiles, against numpy in fp64."""
+
+import math
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+from test_04_model import random_gpt
+
+from edu import kernels
+from edu.decoder import Decoder
+from edu.kernels import add_weighted, compiled, divided, prefetch
+from edu.kv_cache import KVCache
+
+
+@compiled
+def exponentials(x: np.ndarray, y: np.ndarray) -> None:
+    for i in range(len(x)):
+        y[i] = kernels._exp(x[i])
+
+
+def test_the_exponential_is_exact_to_a_few_roundings() -> None:
+    x = np.concatenate([np.linspace(-87, 0, 100_001), [-1e-30, -0.0, -88, -1e4, -np.inf]]).astype(np.float32)
+    y = np.empty_like(x)
+    exponentials(x, y)
+    exact = np.exp(x.astype(np.float64))
+    np.testing.assert_allclose(y, exact, atol=2e-7, rtol=0)
+    np.testing.assert_allclose(y[x > -10], exact[x > -10], rtol=1e-6)
+    assert y[x == 0].tolist() == [1.0] * 2
+    exponentials(x[:1] * np.float32(math.nan), y[:1])
+    assert np.isnan(y[0]), "what is not a number stays so"
+
+
+@pytest.mark.parametrize("positions", [0, 1, 3, 4, 5, 8, 131])
+@pytest.mark.parametrize("width", [1, 2, 16, 50])
+@pytest.mark.parametrize("share_of_zeros", [0.0, 0.6, 1.0])
+def test_sums_of_weighted_rows(positions: int, width: int, share_of_zeros: float) -> None:
+    random = np.random.default_rng(0)
+    values, start = random.normal(size=(positions, width)), random.normal(size=width)
+    weights = random.normal(size=positions) * (random.random(positions) >= share_of_zeros)
+    for add in (add_weighted, kernels._add_weighted_some):
+        y = start.astype(np.float32)
+        add(weights.astype(np.float32), values.astype(np.float32), y)
+        np.testing.assert_allclose(y, start + weights @ values, atol=1e-5)
+
+
+def test_weights_of_zero_are_not_read() -> None:
+    values = np.full((9, 4), np.nan, np.float32)
+    values[[2, 5]] = 1.0
+    weights, y = np.zeros(9, np.float32), np.zeros(4, np.float32)
+    weights[[2, 5]] = 3.0
+    kernels._add_weighted_some(weights, values, y)
+    assert y.tolist() == [6.0] * 4
+
+
+def test_a_row_alone_takes_one_call_a_layer_and_many_rows_take_oneDNN(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("layer_of_one", "attend"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(f"edu.decoder.{name}", lambda *a, k=kernel, n=name: (calls.append(n), k(*a)))
+    model = random_gpt(vocab_size=50)
+    decoder, cache = Decoder(model), KVCache(2, 8, model)
+    decoder.step(torch.tensor([4]), [0], cache)
+    assert calls == ["layer_of_one"] * model.config.num_hidden_layers
+    decoder.step(torch.tensor([4, 5]), [1, 0], cache)
+    assert calls[len(calls) // 2 :] == ["attend"] * model.config.num_hidden_layers
+
+
+def test_a_full_cache_is_not_written_past_its_end() -> None:
+    model = random_gpt(vocab_size=50)
+    with pytest.raises(AssertionError, match="rows of 8 tokens and one more: there is room for 8"):
+        Decoder(model).step(torch.tensor([4]), [8], KVCache(1, 8, model))
+
+
+def test_pairs_are_divided_by_how_much_there_is_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    for pairs in (1, 3, 4, 129):
+        for numbers in (0, kernels.PART, 100 * kernels.PART):
+            parts = divided(pairs, numbers)
+            assert [i for first, last in parts for i in range(first, last)] == list(range(pairs))
+            assert len(parts) == min(4, pairs, 1 + numbers // kernels.PART)
+
+
+def test_an_error_in_a_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(first: int, _: int) -> None:
+        if first:
+            raise ValueError(threading.current_thread().name)
+
+    monkeypatch.setattr(kernels, "attend_pairs", broken)
+    with pytest.raises(ValueError, match="attend"):
+        kernels.attend([(0, 2), (2, 4)])
+
+
+def test_where_nothing_can_be_kept_on_disk_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def compiler(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        made.append(options)
+        return lambda function: function
+
+    monkeypatch.setattr(kernels, "njit", compiler)
+    assert compiled(divided) is divided
+    assert made[0]["nogil"]
+
+
+def ask(address: int) -> None:
+    prefetch(address)
+
+
+def test_memory_may_be_asked_for_any_address() -> None:
+    asked = njit(ask)
+    for address in (0, -1, 2**62):
+        asked(address)  # a prefetch that leads nowhere is no fault
+    assert "prefetch" in next(iter(asked.inspect_asm().values())), "it is left out"
