@@ -17,7 +17,7 @@ from edu.optim import MuonAdamW, make_optimizer, orthogonalize
 from edu.packing import IGNORE
 
 
-def random_gpt(seed: int = 0, **overrides: int) -> GPT:
+def random_gpt(seed: int = 0, **overrides: float) -> GPT:
     """A tiny GPT whose weights are all random: at its initialisation the logits are nearly zero, and prove nothing."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig.tiny(**overrides)).eval()
