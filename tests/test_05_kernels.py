@@ -34,6 +34,13 @@ def test_the_exponential_is_exact_to_a_few_roundings() -> None:
     assert np.isnan(y[0]), "what is not a number stays so"
 
 
+def test_softmax_of_large_numbers() -> None:
+    x = np.array([0, 100, 200, 199, -1e6], np.float32)
+    kernels._softmax(x)
+    np.testing.assert_allclose(x, torch.tensor([0, 100, 200, 199, -1e6], dtype=torch.float64).softmax(-1), atol=1e-6)
+    assert (x >= 0).all(), "powers of two have wrapped around"
+
+
 @pytest.mark.parametrize("positions", [0, 1, 3, 4, 5, 8, 131])
 @pytest.mark.parametrize("width", [1, 2, 16, 50])
 @pytest.mark.parametrize("share_of_zeros", [0.0, 0.6, 1.0])
