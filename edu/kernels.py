@@ -10,13 +10,16 @@ B rows, S positions, C channels, H query heads, K key/value heads, D head dim.
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -28,13 +31,27 @@ LINE = 64
 ZERO, ONE, LOG_2 = np.float32(0), np.float32(1), np.float32(math.log(2))
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+class Kept(FunctionCache):
+    """What numba keeps on disk of a function; compiled anew where it cannot be read, not kept where the disk is full."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except (EOFError, UnpicklingError, ImportError, OSError):
+            self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):
+            super().save_overload(sig, data)
+
+
+def compiled(function: Callable[..., Any]) -> Any:
     """Compiled when it is first called, in a second or two, and kept on disk where there is a place to write to."""
-    options = {"fastmath": FASTMATH, "error_model": "numpy", "nogil": True}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder that it may write to
-        return njit(**options)(function)
+    dispatcher: Any = njit(fastmath=FASTMATH, error_model="numpy", nogil=True)(function)
+    with suppress(RuntimeError):  # numba found no folder that it may write to
+        dispatcher._cache = Kept(function)
+    return dispatcher
 
 
 def attend(parts: list[tuple[int, int]], *arguments: Any) -> None:

@@ -1,9 +1,12 @@
 """Chapter 5: the loops that numba compiles, against numpy in fp64."""
 
+import errno
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -101,18 +104,44 @@ def test_an_error_in_a_thread_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> No
         kernels.attend([(0, 2), (2, 4)])
 
 
-def test_where_nothing_can_be_kept_on_disk_it_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def doubled(x: int) -> int:
+    return 2 * x
 
-    def compiler(cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        made.append(options)
-        return lambda function: function
 
-    monkeypatch.setattr(kernels, "njit", compiler)
-    assert compiled(divided) is divided
-    assert made[0]["nogil"]
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where numba keeps what it compiles."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damaged", ["*.nbi", "*.nbc"])
+@pytest.mark.parametrize("content", [b"", b"no pickle"])
+def test_what_is_kept_and_damaged_is_compiled_anew(kept: Path, damaged: str, content: bytes) -> None:
+    assert compiled(doubled)(4) == 8
+    (path,) = kept.rglob(damaged)
+    path.write_bytes(content)
+    again = compiled(doubled)
+    assert again(4) == 8
+    assert not again.stats.cache_hits
+    third = compiled(doubled)
+    assert third(4) == 8
+    assert third.stats.cache_hits, "it was kept again"
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_each_time(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("numba.core.caching.IndexDataCacheFile.save", full)
+    assert compiled(doubled)(4) == 8
+    assert not [*kept.rglob("*.nb*")]
+
+    def nowhere(*_: Any) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr("numba.core.caching.FunctionCache.__init__", nowhere)
+    assert compiled(doubled)(4) == 8
 
 
 def ask(address: int) -> None:
