@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,18 +106,22 @@ def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
     ['a b', 'c ']
     """
     held = ""
-    for piece in pieces:
-        held += piece
-        found = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            held = held[: min(found)]
-            break
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    if held:
-        yield held
+    try:
+        for piece in pieces:
+            held += piece
+            found = [at for stop in stops if (at := held.find(stop)) >= 0]
+            if found:
+                held = held[: min(found)]
+                break
+            keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+            if len(held) > keep:
+                yield held[: len(held) - keep]
+                held = held[len(held) - keep :]
+        if held:
+            yield held
+    finally:  # also where a stop was found, or the client left: what makes the pieces ends now
+        if isinstance(pieces, Generator):
+            pieces.close()
 
 
 def make_app(responder: Responder) -> FastAPI:

@@ -88,10 +88,11 @@ def test_a_streamed_reply_is_the_whole_one_in_pieces(client: openai.OpenAI) -> N
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_stop_texts_cut_the_reply_and_do_not_leak(client: openai.OpenAI) -> None:
+def test_stop_texts_cut_the_reply_and_do_not_leak(client: openai.OpenAI, fake: Fake) -> None:
     assert say(client, "one, two, three", stop=["three", "two"]).choices[0].message.content == "one, "
     chunks = say(client, "one, two, three", stop="two", stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one, "
+    assert fake.together == 0, "what made a reply that was cut has not ended"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
