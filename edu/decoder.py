@@ -24,7 +24,7 @@ from edu.model import GPT, rotary_angles
 Product = Callable[..., Tensor]
 """(rows, arranged weights, what to add or nothing) -> rows."""
 FROM_CACHE = 6_000_000
-"""Parameters to multiply with (24 MB) that a processor's cache keeps from step to step."""
+"""Parameters to multiply with (24 MB) that a processor's cache keeps from step to step: more are worth more cores."""
 
 
 class Decoder:
