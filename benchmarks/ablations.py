@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ def main() -> None:
     args = parse(Args)
     import torch
 
-    from edu import metrics, rl
-    from edu.config import RLConfig
-    from edu.engine import Engine
-    from edu.packing import Piece
-    from edu.rollouts import Rollout
+    from edu.config import metrics
+    from edu.config.stages import RLConfig
+    from edu.data.packing import Piece
+    from edu.inference.engine import Engine
+    from edu.stages import rl
+    from edu.stages.rollouts import Rollout
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

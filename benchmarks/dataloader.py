@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 HF_BATCH = 1000  # of `map(batched=True)`, its default
 
@@ -72,7 +72,7 @@ def raw(paths: Sequence[Path], tokenizer: Any) -> Iterator[int]:
 
 def ours(name: str, paths: Sequence[Path], tokenizer: Any, T: int, **options: Any) -> Contender:
     """Our loader, with its packing under the options given."""
-    from edu.loader import stream_batches
+    from edu.data.loader import stream_batches
 
     seen = {"tokens": 0, "starts": 0, "positions": 0}
     dropped = [0, 1]  # tokens thrown away, tokens delivered
@@ -129,8 +129,8 @@ def main() -> None:
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     import torch
 
-    from edu.shards import list_shards
-    from edu.tokenizer import Tokenizer
+    from edu.data.shards import list_shards
+    from edu.data.tokenizer import Tokenizer
 
     torch.set_num_threads(1)
     paths, tokenizer = list_shards(args.data, "train"), Tokenizer.load(args.tokenizer)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 SIZES = {"S": (4, 256, 4, 2), "L": (8, 512, 8, 4)}  # layers, channels, query heads, key/value heads
 VOCABULARY, PROMPT = 4096, 64
@@ -79,7 +79,7 @@ def ours(engine: Any) -> Generate:
 
 def uncached(model: Any) -> Generate:
     """The whole sequence through the model for every token."""
-    from edu.engine import generate_naive
+    from edu.inference.engine import generate_naive
 
     def generate(prompts: list[list[int]], new: int, stops: list[int]) -> list[list[int]]:
         return [cut(list(generate_naive(model, prompt, new)), stops) for prompt in prompts]
@@ -91,7 +91,7 @@ def limits(model: Any, rows: int, length: int) -> str:
     """Tokens/s of a step for so many rows of so many tokens that only reads, multiplies, or does its own products."""
     import torch
 
-    from edu.decoder import Decoder, ways
+    from edu.fast.cpu_decoder import Decoder, ways
 
     def seconds(work: Callable[[], object]) -> float:
         def once() -> float:
@@ -137,8 +137,8 @@ def main() -> None:
     from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
     from transformers.utils import logging
 
-    from edu.engine import Engine
-    from edu.model import GPT, GPTConfig
+    from edu.inference.engine import Engine
+    from edu.model.gpt import GPT, GPTConfig
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "carried on": {},
@@ -47,16 +47,16 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.bits import bits_per_byte
-    from edu.config import PretrainConfig
-    from edu.loader import stream_batches
-    from edu.loop import optimizer_settings
-    from edu.optim import lr_factor, make_optimizer
-    from edu.pretrain import make_model
-    from edu.runtime import compute_init
-    from edu.shards import list_shards
-    from edu.step import Term, train_step
-    from edu.tokenizer import Tokenizer
+    from edu.config.stages import PretrainConfig
+    from edu.data.loader import stream_batches
+    from edu.data.shards import list_shards
+    from edu.data.tokenizer import Tokenizer
+    from edu.evaluation.bits_per_byte import bits_per_byte
+    from edu.stages.pretrain import make_model
+    from edu.training.accelerator import compute_init
+    from edu.training.loop import optimizer_settings
+    from edu.training.optimizer import lr_factor, make_optimizer
+    from edu.training.step import Term, train_step
 
     accelerator = compute_init(0, "no")
     tokenizer, shards, held_out = Tokenizer.load(args.tokenizer), *(list_shards(args.data, s) for s in ("train", "val"))

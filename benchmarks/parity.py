@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ def compare(folder: Path, rows: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    from edu.engine import Engine
-    from edu.kv_cache import KVCache
-    from edu.model import GPT
+    from edu.inference.engine import Engine
+    from edu.model.gpt import GPT
+    from edu.model.kv_cache import KVCache
 
     ours: Any = GPT.from_pretrained(folder).eval()
     stock: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
@@ -96,7 +96,7 @@ def main() -> None:
     import transformers
     from transformers.utils import logging
 
-    from edu.model import GPT, GPTConfig
+    from edu.model.gpt import GPT, GPTConfig
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ def main() -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from edu import rl, rollouts
-    from edu.chat import render_prompt
-    from edu.config import RLConfig
-    from edu.model import GPT, GPTConfig
-    from edu.packing import Piece, collate, pack_rows
-    from edu.step import Term, train_step
-    from edu.tokenizer import Tokenizer
+    from edu.chat.chat_format import render_prompt
+    from edu.config.stages import RLConfig
+    from edu.data.packing import Piece, collate, pack_rows
+    from edu.data.tokenizer import Tokenizer
+    from edu.model.gpt import GPT, GPTConfig
+    from edu.stages import rl, rollouts
+    from edu.training.step import Term, train_step
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ def main() -> None:
     from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
     from transformers.utils import logging
 
-    from edu.model import GPT, GPTConfig
-    from edu.packing import Piece
-    from edu.sft_data import Epochs, batches_of
-    from edu.step import Term, train_step
+    from edu.chat.sft_data import Epochs, batches_of
+    from edu.data.packing import Piece
+    from edu.model.gpt import GPT, GPTConfig
+    from edu.training.step import Term, train_step
 
     logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def matmul_speed() -> float:
     """Floating-point operations a second of a square product."""
     import torch
 
-    from edu.fused import product
+    from edu.model.cpu_ops import product
 
     a = torch.randn(1024, 1024)
 
@@ -82,10 +82,10 @@ def main() -> None:
     from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
     from transformers.utils import logging
 
-    from edu.model import GPT, GPTConfig
-    from edu.optim import make_optimizer
-    from edu.packing import Batch
-    from edu.step import Term, train_step
+    from edu.data.packing import Batch
+    from edu.model.gpt import GPT, GPTConfig
+    from edu.training.optimizer import make_optimizer
+    from edu.training.step import Term, train_step
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)

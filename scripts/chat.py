@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 if TYPE_CHECKING:
-    from edu.engine import Engine
-    from edu.tokenizer import Tokenizer
+    from edu.data.tokenizer import Tokenizer
+    from edu.inference.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Args:
 
 def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> list[dict[str, Any]]:
     """Print the assistant's turn as it is sampled; return it as messages. ValueError if the question is too long."""
-    from edu.chat import calculator_tool, cut_to_context, parse_completion, render_prompt, stream_text
+    from edu.chat.chat_format import calculator_tool, cut_to_context, parse_completion, render_prompt, stream_text
 
     context = engine.config.max_position_embeddings
     room = max(context - args.max_new_tokens, context // 2)
@@ -63,7 +63,7 @@ def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: 
 
 def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> None:
     """Read, answer, repeat, until the end of input. An exchange that cannot be part of a conversation is forgotten."""
-    from edu.chat import check_messages
+    from edu.chat.chat_format import check_messages
 
     print("Ask something; an empty line or Ctrl-D ends the conversation.")
     while True:
@@ -82,9 +82,9 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args
 
 def main() -> None:
     args = parse(Args)
-    from edu.checkpoint import load_model, load_tokenizer
-    from edu.engine import Engine
-    from edu.runtime import autodetect_device_type
+    from edu.inference.engine import Engine
+    from edu.training.accelerator import autodetect_device_type
+    from edu.training.checkpoint import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     engine = Engine(load_model(args.model, autodetect_device_type()).eval())

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ def main() -> None:
     args = parse(Args)
     import torch
 
-    from edu.runtime import compute_init, describe
+    from edu.training.accelerator import compute_init, describe
 
     accelerator = compute_init(mixed_precision=args.mixed_precision)
     for rank in range(accelerator.num_processes):

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def main() -> int:
         raise ValueError(f"--workers {args.workers}: give 1 or more")
     out = args.out or default_folder(args.source)
     if args.verify:
-        from edu.shards import read_manifest, verify_folder
+        from edu.data.shards import read_manifest, verify_folder
 
         problems = verify_folder(out)
         print("\n".join(problems) or f"{out}: all {len(read_manifest(out))} shards are right")
@@ -46,7 +46,7 @@ def main() -> int:
 
 def default_folder(source: str) -> Path:
     """data/<source> for a name or a Hub dataset."""
-    from edu.shards import KNOWN
+    from edu.data.shards import KNOWN
 
     name = source.partition(":")[0].rpartition("/")[2]
     if source not in ("tiny", *KNOWN) and ("://" in source or Path(source).is_dir()):
@@ -58,9 +58,9 @@ def write_tiny(args: Args, out: Path) -> int:
     """Write the embedded corpus, unless it is there, and enter it in the manifest."""
     if args.num_shards is not None:
         raise ValueError(f"--num-shards {args.num_shards}: the tiny corpus has a fixed size; leave it out")
-    from edu.corpus import MANIFEST, write_corpus
-    from edu.shards import list_shards, read_manifest, record_shard
-    from edu.transfer import sha256_of
+    from edu.data.download import sha256_of
+    from edu.data.shards import list_shards, read_manifest, record_shard
+    from edu.synthetic.world.corpus import MANIFEST, write_corpus
 
     write_corpus(out, seed=args.seed)
     origin = f"tiny {sha256_of(out / MANIFEST)}"  # another seed or generator is another source
@@ -77,7 +77,7 @@ def download(args: Args, out: Path) -> int:
     """Download what is missing, with a bar for each running shard on a terminal; list what could not be had."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from edu.shards import SHARD_NAME, download_shards, find_source
+    from edu.data.shards import SHARD_NAME, download_shards, find_source
 
     source = find_source(args.source, args.val_index)
     if not source.validation:

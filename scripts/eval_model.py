@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 if TYPE_CHECKING:
-    from edu.evals import Evaluation
+    from edu.evaluation.evals import Evaluation
 
 TASKS = ("bpb", "tiny", "tiny-templates", "persona", "facts")
 
@@ -56,15 +56,15 @@ class Args:
 
 
 def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
-    from edu.checkpoint import load_model, load_tokenizer
-    from edu.engine import Engine
-    from edu.evals import evaluate_facts, evaluate_persona, evaluate_task, evaluate_text
-    from edu.loader import validation_batches
-    from edu.persona import load_identity_eval, load_persona
-    from edu.runtime import autodetect_device_type
-    from edu.shards import list_shards
+    from edu.data.loader import validation_batches
+    from edu.data.shards import list_shards
+    from edu.evaluation.evals import evaluate_facts, evaluate_persona, evaluate_task, evaluate_text
+    from edu.inference.engine import Engine
+    from edu.synthetic.persona import load_identity_eval, load_persona
     from edu.tasks import load
     from edu.tasks.gsm8k import GSM8K
+    from edu.training.accelerator import autodetect_device_type
+    from edu.training.checkpoint import load_model, load_tokenizer
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     engine, length = Engine(model), model.config.max_position_embeddings
@@ -103,8 +103,8 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
 
 def main() -> None:
     args = parse(Args)
-    from edu.evals import compare_records, read_records, save
-    from edu.metrics import measures
+    from edu.config.metrics import measures
+    from edu.evaluation.evals import compare_records, read_records, save
 
     earlier = read_records(args.against) if args.against else {}
     found = measure(args, TASKS if args.task == "all" else (args.task,))

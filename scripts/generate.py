@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Args:
 
 def main() -> int:
     args = parse(Args)
-    from edu.checkpoint import load_model, load_tokenizer
-    from edu.engine import Engine, generate_naive
-    from edu.runtime import autodetect_device_type
+    from edu.inference.engine import Engine, generate_naive
+    from edu.training.accelerator import autodetect_device_type
+    from edu.training.checkpoint import load_model, load_tokenizer
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]

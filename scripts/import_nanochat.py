@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.checkpoint import quiet_transformers
-    from edu.nanochat import import_nanochat
+    from edu.hub.nanochat import import_nanochat
+    from edu.training.checkpoint import quiet_transformers
 
     quiet_transformers()
     out = import_nanochat(args.checkpoint, args.out, args.step, args.tokenizer)

@@ -7,8 +7,8 @@ With OPENAI_BASE_URL or OPENAI_API_KEY set, that endpoint writes them: add --mod
 
 import os
 
-from edu.command import parse, run_script
-from edu.identity import IdentityConfig, Summary, make_identity
+from edu.config.cli import parse, run_script
+from edu.synthetic.identity import IdentityConfig, Summary, make_identity
 
 
 def main() -> None:
@@ -19,9 +19,9 @@ def main() -> None:
 
 def ask_embedded_teacher(config: IdentityConfig) -> Summary:
     """Start the embedded teacher's server on this machine and talk to it as to any other."""
-    from edu.persona import load_persona, load_starters
-    from edu.serve import TeacherResponder, make_app, run_in_thread
-    from edu.teacher import Teacher
+    from edu.serving.server import TeacherResponder, make_app, run_in_thread
+    from edu.synthetic.persona import load_persona, load_starters
+    from edu.synthetic.teacher import Teacher
 
     if config.model:
         raise ValueError(f"--model {config.model}: set OPENAI_BASE_URL or OPENAI_API_KEY, or leave the flag out")

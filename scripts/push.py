@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.hub import push
+    from edu.hub.push import push
 
     print(f"pushed: {push(args.model, args.repo, private=args.private, revision=args.revision)}")
 

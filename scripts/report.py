@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.report import write_report
+    from edu.evaluation.report import write_report
 
     print(f"report: {write_report(args.run)}")
 

@@ -1,15 +1,15 @@
 """Reinforce right answers. Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml"""
 
-from edu.command import parse, run_script
-from edu.config import RLConfig
-from edu.resume import nothing_to_do
+from edu.config.cli import parse, run_script
+from edu.config.stages import RLConfig
+from edu.training.resume import nothing_to_do
 
 
 def main() -> int:
     config = parse(RLConfig)
     if nothing_to_do(config):
         return 0
-    from edu.rl import train
+    from edu.stages.rl import train
 
     return 0 if train(config).finished else 130
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.serve import listen, load_responder, make_app, run_forever
+    from edu.serving.server import listen, load_responder, make_app, run_forever
 
     responder = load_responder(args.model)
     listener = listen(args.host, args.port)

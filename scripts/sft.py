@@ -1,15 +1,15 @@
 """Fine-tune on conversations. Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml"""
 
-from edu.command import parse, run_script
-from edu.config import SFTConfig
-from edu.resume import nothing_to_do
+from edu.config.cli import parse, run_script
+from edu.config.stages import SFTConfig
+from edu.training.resume import nothing_to_do
 
 
 def main() -> int:
     config = parse(SFTConfig)
     if nothing_to_do(config):
         return 0
-    from edu.sft import train
+    from edu.stages.sft import train
 
     return 0 if train(config).finished else 130
 

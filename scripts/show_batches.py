@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.loader import stream_batches
-    from edu.shards import list_shards
-    from edu.tokenizer import Tokenizer
+    from edu.data.loader import stream_batches
+    from edu.data.shards import list_shards
+    from edu.data.tokenizer import Tokenizer
 
     tokenizer, shards = Tokenizer.load(args.tokenizer), list_shards(args.data, args.split)
     stream = stream_batches(shards, tokenizer, args.batch_size, args.sequence_length)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.chat import render_prompt
+    from edu.chat.chat_format import render_prompt
+    from edu.data.tokenizer import Tokenizer
     from edu.tasks.gsm8k import GSM8K
-    from edu.tokenizer import Tokenizer
 
     path = Path("data/tiny/problems") if args.path is None and args.task == "tiny" else args.path
     task = GSM8K(args.split, path, config="socratic" if args.socratic else "main")

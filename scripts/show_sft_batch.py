@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ def main() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from edu.packing import IGNORE
-    from edu.sft_data import Epochs, batches_of, load_sft_data
-    from edu.tokenizer import Tokenizer
+    from edu.chat.sft_data import Epochs, batches_of, load_sft_data
+    from edu.data.packing import IGNORE
+    from edu.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer)
     data = load_sft_data(args.data, tokenizer, args.sequence_length)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edu.command import parse, run_script
+from edu.config.cli import parse, run_script
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def main() -> None:
     args = parse(Args)
     from rich.progress import track
 
-    from edu.compression import SAMPLES, bytes_per_token, peers
-    from edu.shards import list_shards
-    from edu.tokenizer import train_tokenizer
+    from edu.data.compression import SAMPLES, bytes_per_token, peers
+    from edu.data.shards import list_shards
+    from edu.data.tokenizer import train_tokenizer
 
     train, val = list_shards(args.data, "train"), list_shards(args.data, "val")
     texts = track(read_texts(train, args.max_chars), "reading text", disable=not sys.stdout.isatty())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from edu.tokenizer import Tokenizer, train_tokenizer
+from edu.data.tokenizer import Tokenizer, train_tokenizer
 
 SENTENCES = [
     "Tom has 12 apples and buys 30 more. How many apples does Tom have? He has 12 + 30 = 42 apples.",

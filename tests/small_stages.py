@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from edu import pretrain, rl, rollouts, sft
-from edu.config import PretrainConfig, RLConfig, SFTConfig, StageConfig
-from edu.metrics import read_metrics
-from edu.tokenizer import Tokenizer
+from edu.config.metrics import read_metrics
+from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, StageConfig
+from edu.data.tokenizer import Tokenizer
+from edu.stages import pretrain, rl, rollouts, sft
 
 SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
 Stage = tuple[Callable[[Any], Any], StageConfig]

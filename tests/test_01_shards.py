@@ -22,9 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from fault_server import Fault, Plan, serve
 
-import edu.transfer
-from edu.corpus import write_corpus
-from edu.shards import (
+import edu.data.download
+from edu.data.shards import (
     KNOWN,
     Retry,
     ShardError,
@@ -36,6 +35,7 @@ from edu.shards import (
     read_manifest,
     verify_folder,
 )
+from edu.synthetic.world.corpus import write_corpus
 
 QUICK = Retry(timeout=0.25, window=0.15, min_rate=100_000)
 SCRIPT = Path(__file__).parent.parent / "scripts" / "download_shards.py"
@@ -356,9 +356,9 @@ def test_a_full_disk_is_said_and_gets_its_room_back(
 
     with monkeypatch.context() as patch:
         if where == "write":
-            patch.setattr(edu.transfer, "write_all", full)
+            patch.setattr(edu.data.download, "write_all", full)
         else:
-            patch.setattr(edu.transfer.os, "fsync", full)
+            patch.setattr(edu.data.download.os, "fsync", full)
         with pytest.raises(ShardError, match="No space left"):
             get(plan, tmp_path)
     assert names(tmp_path) == {"val/shard_00007.parquet"}
@@ -367,7 +367,7 @@ def test_a_full_disk_is_said_and_gets_its_room_back(
 
 CHILD = """
 import resource, signal, sys
-from edu.shards import download_shard, find_source
+from edu.data.shards import download_shard, find_source
 if len(sys.argv) > 3:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
@@ -439,11 +439,11 @@ def test_who_waited_for_a_file_that_was_removed_locks_a_new_one(tmp_path: Path) 
     path, found = tmp_path / "file", []
 
     def wait() -> None:
-        with edu.transfer.locked(path) as file:
+        with edu.data.download.locked(path) as file:
             found.append(path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()))
 
     waiter = threading.Thread(target=wait)
-    with edu.transfer.locked(path):
+    with edu.data.download.locked(path):
         waiter.start()
         time.sleep(0.05)
         path.unlink()
@@ -574,7 +574,7 @@ def test_the_script_fetches_both_splits_verifies_and_reports_what_is_missing(
 
 
 def test_the_tiny_source_is_written_entered_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edu.corpus.write_corpus", partial(write_corpus, documents=40))
+    monkeypatch.setattr("edu.synthetic.world.corpus.write_corpus", partial(write_corpus, documents=40))
     for seed in (0, 0, 1):
         assert script(monkeypatch, "--out", tmp_path, "--seed", seed) == 0
         assert script(monkeypatch, "--out", tmp_path, "--verify") == 0
@@ -610,7 +610,7 @@ def test_the_scripts_wrong_options_end_with_one_line(
 
 
 def test_hf_endpoint_is_respected_by_a_fresh_process(hub: tuple[Plan, Plan], tmp_path: Path) -> None:
-    code = f"from edu.shards import download_shard; download_shard(0, {str(tmp_path)!r})"
+    code = f"from edu.data.shards import download_shard; download_shard(0, {str(tmp_path)!r})"
     environment = os.environ | {"HF_ENDPOINT": hub[0].url, "HF_TOKEN": "hf_other"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert (tmp_path / "shard_00000.parquet").read_bytes() == parquet(0)

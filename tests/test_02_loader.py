@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from edu.loader import LoaderState, stream_batches, validation_batches
-from edu.packing import IGNORE, Batch
-from edu.shards import list_shards
-from edu.tokenizer import Tokenizer
+from edu.data.loader import LoaderState, stream_batches, validation_batches
+from edu.data.packing import IGNORE, Batch
+from edu.data.shards import list_shards
+from edu.data.tokenizer import Tokenizer
 
 BOS = 256
 
@@ -97,7 +97,7 @@ def test_resuming_is_exact_where_the_buffer_is_bounded_by_its_tokens(
     shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Documents of ten rows: what is cut off leaves room in the buffer, and none of its documents."""
-    monkeypatch.setattr("edu.loader.BUFFER_TOKENS", 100)
+    monkeypatch.setattr("edu.data.loader.BUFFER_TOKENS", 100)
     whole = list(stream_batches(shards, TOKENIZER, 4, 6, epochs=2))
     assert max(len(state.buffer) for _, state in whole) < 12
     for k, (_, saved) in enumerate(whole):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from edu.runtime import autodetect_device_type, check_world_size, compute_init, peak_flops
+from edu.training.accelerator import autodetect_device_type, check_world_size, compute_init, peak_flops
 
 SCRIPT = "scripts/check_setup.py"
 

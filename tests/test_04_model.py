@@ -8,13 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import edu.model
-from edu import fused
-from edu.losses import head_log_probs, head_weighted_sum
-from edu.masks import document_mask
-from edu.model import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
-from edu.optim import MuonAdamW, make_optimizer, orthogonalize
-from edu.packing import IGNORE
+import edu.model.gpt
+from edu.data.packing import IGNORE
+from edu.model import cpu_ops as fused
+from edu.model.gpt import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
+from edu.model.loss import head_log_probs, head_weighted_sum
+from edu.model.masks import document_mask
+from edu.training.optimizer import MuonAdamW, make_optimizer, orthogonalize
 
 
 def random_gpt(seed: int = 0, **overrides: float) -> GPT:
@@ -134,7 +134,7 @@ def test_the_logits_of_a_batch_are_never_held_whole(monkeypatch: pytest.MonkeyPa
             found = [torch.autograd.grad(loss, [hidden, weight]) for loss in (total, (weights * each).sum())]
         return largest.elements, [total, each, *found[0], *found[1]]
 
-    (everything, whole), _ = passes(), monkeypatch.setattr("edu.losses.CPU_CHUNK", 7)
+    (everything, whole), _ = passes(), monkeypatch.setattr("edu.model.loss.CPU_CHUNK", 7)
     most, parts = passes()
     assert (everything, most) == (30 * 50, 50 * 8)
     for a, b in zip(parts, whole, strict=True):
@@ -165,14 +165,14 @@ def test_packed_documents_do_not_see_each_other(model: GPT, ids: torch.Tensor) -
 def test_long_rows_attend_in_quarters_to_the_same(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(0, 512, (2, 259))
     positions = torch.stack((torch.arange(259), torch.cat((torch.arange(130), torch.arange(129)))))
-    attend, calls = edu.model.attend_in_quarters, []
+    attend, calls = edu.model.gpt.attend_in_quarters, []
 
     def whole(attend: Any, *args: Any) -> Any:
         calls.append(1)
         return attend(*args)
 
     parts = model(ids, targets=ids, position_ids=positions)
-    monkeypatch.setattr(edu.model, "attend_in_quarters", whole)
+    monkeypatch.setattr(edu.model.gpt, "attend_in_quarters", whole)
     torch.testing.assert_close(parts, model(ids, targets=ids, position_ids=positions), atol=1e-5, rtol=1e-5)
     assert len(calls) == model.config.num_hidden_layers
     q, mask = torch.randn(2, 2, 259, 8), torch.ones(2, 1, 259, 259, dtype=torch.bool).tril()

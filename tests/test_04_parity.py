@@ -11,9 +11,9 @@ from test_04_model import random_gpt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from edu.masks import document_mask
-from edu.model import GPT
-from edu.packing import IGNORE
+from edu.data.packing import IGNORE
+from edu.model.gpt import GPT
+from edu.model.masks import document_mask
 
 B, T = 3, 40
 IDS = torch.randint(0, 512, (B, T), generator=torch.Generator().manual_seed(1))

@@ -12,10 +12,10 @@ import yaml
 from test_04_model import random_gpt
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edu.decoder import Decoder
-from edu.engine import Engine, KVCache, generate_naive
-from edu.model import GPT
-from edu.sampling import sample_tokens
+from edu.fast.cpu_decoder import Decoder
+from edu.inference.engine import Engine, KVCache, generate_naive
+from edu.inference.sampling import sample_tokens
+from edu.model.gpt import GPT
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6, 2, 6, 4, 3, 3, 8, 3, 2, 7]]
 
@@ -99,7 +99,7 @@ def test_streaming_gives_the_same_tokens_each_at_once(model: GPT, monkeypatch: p
         steps.append(len(logits))
         return sample_tokens(logits, *args, **options)
 
-    monkeypatch.setattr("edu.engine.sample_tokens", watched)
+    monkeypatch.setattr("edu.inference.engine.sample_tokens", watched)
     stream = Engine(model).stream(PROMPTS[1], max_new_tokens=15, seed=4)
     streamed = [next(stream)]
     assert len(steps) == 1, "a token is there before the next is computed"
@@ -120,7 +120,7 @@ def test_finished_rows_cost_nothing_and_waiting_prompts_take_their_place(
         arrivals.append(len(rows))
         return prefill(self, *args)
 
-    monkeypatch.setattr("edu.engine.sample_tokens", watched_sampling)
+    monkeypatch.setattr("edu.inference.engine.sample_tokens", watched_sampling)
     monkeypatch.setattr(Engine, "prefill", watched_prefill)
     groups = Engine(model, max_rows=5).generate(PROMPTS * 5, 2, max_new_tokens=20, stop_tokens=range(8), seed=range(20))
     lengths = [len(sample.tokens) for group in groups for sample in group]
@@ -259,8 +259,8 @@ def test_the_decoder_computes_what_the_model_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr("edu.decoder.FROM_CACHE", 0)
-    monkeypatch.setattr("edu.kernels.PART", 1)
+    monkeypatch.setattr("edu.fast.cpu_decoder.FROM_CACHE", 0)
+    monkeypatch.setattr("edu.fast.cpu_kernels.PART", 1)
     # An epsilon so large that none can be left out.
     model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads, rms_norm_eps=0.1).to(dtype)
     prompts = [PROMPTS[3][:length] for length in lengths]

@@ -8,8 +8,8 @@ from test_04_model import random_gpt
 from transformers import ContinuousBatchingConfig, DynamicCache, StaticCache
 from transformers.models.nanochat.modeling_nanochat import NanoChatForCausalLM
 
-from edu.engine import Engine, KVCache, generate_naive
-from edu.model import GPT
+from edu.inference.engine import Engine, KVCache, generate_naive
+from edu.model.gpt import GPT
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8], [9, 7]]
 PAD, NEW = 0, 20

@@ -13,10 +13,10 @@ import torch
 from numba import njit
 from test_04_model import random_gpt
 
-from edu import kernels
-from edu.decoder import Decoder
-from edu.kernels import add_weighted, compiled, divided, prefetch
-from edu.kv_cache import KVCache
+from edu.fast import cpu_kernels as kernels
+from edu.fast.cpu_decoder import Decoder
+from edu.fast.cpu_kernels import add_weighted, compiled, divided, prefetch
+from edu.model.kv_cache import KVCache
 
 
 @njit(fastmath=kernels.FASTMATH)  # not kept on disk: numba would not see that what it calls has changed
@@ -70,7 +70,7 @@ def test_a_row_alone_takes_one_call_a_layer_and_many_rows_take_oneDNN(monkeypatc
     calls = []
     for name in ("layer_of_one", "attend"):
         kernel = getattr(kernels, name)
-        monkeypatch.setattr(f"edu.decoder.{name}", lambda *a, k=kernel, n=name: (calls.append(n), k(*a)))
+        monkeypatch.setattr(f"edu.fast.cpu_decoder.{name}", lambda *a, k=kernel, n=name: (calls.append(n), k(*a)))
     model = random_gpt(vocab_size=50)
     decoder, cache = Decoder(model), KVCache(2, 8, model)
     decoder.step(torch.tensor([4]), [0], cache)

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_04_model import random_gpt
 
-from edu.engine import Engine, KVCache, generate_naive
-from edu.model import GPT
-from edu.sampling import Sample, sample_tokens
+from edu.inference.engine import Engine, KVCache, generate_naive
+from edu.inference.sampling import Sample, sample_tokens
+from edu.model.gpt import GPT
 
 VOCABULARY, CONTEXT = 40, 48
 prompts = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30)
@@ -156,7 +156,7 @@ def run(
         return sample_tokens(logits, uniforms, **how)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edu.engine.sample_tokens", watched)
+        patch.setattr("edu.inference.engine.sample_tokens", watched)
         return engine.generate(*args, **options), met
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_04_model import random_gpt
 
-from edu.engine import generate_naive
-from edu.model import GPT
-from edu.tokenizer import Tokenizer
+from edu.data.tokenizer import Tokenizer
+from edu.inference.engine import generate_naive
+from edu.model.gpt import GPT
 
 Run = Callable[..., tuple[int, str, str]]
 CONTEXT, PROMPT = 48, "How many apples?"
@@ -34,7 +34,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
     def run(*flags: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["scripts/generate.py", "--model", str(folder), *flags])
-        monkeypatch.setattr("edu.runtime.autodetect_device_type", lambda: "cpu")
+        monkeypatch.setattr("edu.training.accelerator.autodetect_device_type", lambda: "cpu")
         with pytest.raises(SystemExit) as ended:
             runpy.run_path("scripts/generate.py", run_name="__main__")
         assert isinstance(ended.value.code, int)
@@ -62,7 +62,7 @@ def test_other_tokens_are_said_and_fail(run: Run, monkeypatch: pytest.MonkeyPatc
     def wrong(model: GPT, prompt: list[int], count: int) -> Iterator[int]:
         yield from [*list(generate_naive(model, prompt, count))[:-1], 0]
 
-    monkeypatch.setattr("edu.engine.generate_naive", wrong)
+    monkeypatch.setattr("edu.inference.engine.generate_naive", wrong)
     code, out, _ = run("-p", PROMPT, "-n", "7")
     assert code == 1
     assert out.count("DIFFERENT TOKENS") == 2

@@ -12,10 +12,18 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from edu.identity import IdentityConfig, find_overlap, make_identity, normalise, read_reply
-from edu.persona import Persona, expansions, grade, load_identity_eval, load_persona, load_starters, neutral_sentences
-from edu.serve import TeacherResponder, make_app, run_in_thread
-from edu.teacher import Teacher
+from edu.serving.server import TeacherResponder, make_app, run_in_thread
+from edu.synthetic.identity import IdentityConfig, find_overlap, make_identity, normalise, read_reply
+from edu.synthetic.persona import (
+    Persona,
+    expansions,
+    grade,
+    load_identity_eval,
+    load_persona,
+    load_starters,
+    neutral_sentences,
+)
+from edu.synthetic.teacher import Teacher
 
 DATA = Path(__file__).parent.parent / "data"
 PERSONA = load_persona(DATA / "persona.yaml")

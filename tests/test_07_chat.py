@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from edu.chat import (
+from edu.chat.chat_format import (
     calculator_tool,
     check_messages,
     cut_to_context,
@@ -28,9 +28,9 @@ from edu.chat import (
     stream_text,
     tool_call,
 )
-from edu.packing import Piece
-from edu.sft_data import Epochs, load_sft_data
-from edu.tokenizer import Tokenizer
+from edu.chat.sft_data import Epochs, load_sft_data
+from edu.data.packing import Piece
+from edu.data.tokenizer import Tokenizer
 from tests.hub_server import serve
 
 
@@ -344,7 +344,7 @@ def test_a_mixture_takes_the_hubs_data_sets_by_name(tmp_path: Path, tokenizer: T
     (tmp_path / "mixture.yaml").write_text(json.dumps(mixture))
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from pathlib import Path; from edu.sft_data import load_sft_data; from edu.tokenizer import Tokenizer\n"
+        "from pathlib import Path; from edu.chat.sft_data import load_sft_data; from edu.data.tokenizer import Tokenizer\n"
         f"folder = Path({str(tmp_path)!r}); tokenizer = Tokenizer.load(folder / 'tokenizer')\n"
         "data, again = (load_sft_data(folder / 'mixture.yaml', tokenizer, 64, 10**6) for _ in range(2))\n"
         "texts, others = ([piece.ids.tolist() for piece in each.train] for each in (data, again))\n"

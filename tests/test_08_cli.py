@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edu.command import parse
-from edu.config import PretrainConfig, RLConfig, SFTConfig, as_settings
-from edu.packing import Piece
-from edu.resume import FREE_ON_RESUME
-from edu.sft_data import load_sft_data, read_mixture
-from edu.tokenizer import Tokenizer
+from edu.chat.sft_data import load_sft_data, read_mixture
+from edu.config.cli import parse
+from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.data.packing import Piece
+from edu.data.tokenizer import Tokenizer
+from edu.training.resume import FREE_ON_RESUME
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 

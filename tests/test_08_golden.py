@@ -15,10 +15,10 @@ import pytest
 import torch
 from small_stages import fill, reward_of, stages_in, steps_of
 
-from edu import rl, rollouts
-from edu.engine import Engine
-from edu.sampling import Sample
-from edu.tokenizer import Tokenizer
+from edu.data.tokenizer import Tokenizer
+from edu.inference.engine import Engine
+from edu.inference.sampling import Sample
+from edu.stages import rl, rollouts
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
@@ -72,7 +72,7 @@ def test_twenty_steps_of_each_stage_are_as_recorded(
 if __name__ == "__main__":
     from conftest import SENTENCES
 
-    from edu.tokenizer import train_tokenizer
+    from edu.data.tokenizer import train_tokenizer
 
     rollouts.score, rl.Engine = reward_of, Dice
     target = Path(sys.argv[1]) if sys.argv[1:] else GOLDEN

@@ -19,11 +19,11 @@ import pytest
 import torch
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 
-from edu import rollouts
-from edu.checkpoint import checkpoints
-from edu.config import StageConfig
-from edu.metrics import read_metrics
-from edu.tokenizer import Tokenizer
+from edu.config.metrics import read_metrics
+from edu.config.stages import StageConfig
+from edu.data.tokenizer import Tokenizer
+from edu.stages import rollouts
+from edu.training.checkpoint import checkpoints
 
 TOUCHES = ("fsync", "rename", "replace", "link")
 """What of `os` makes a save: a child may be told to kill itself at the n-th of them, before it is done."""

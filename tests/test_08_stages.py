@@ -19,13 +19,14 @@ from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
 
-from edu import loop, pretrain, rl, rollouts
-from edu.checkpoint import Run, checkpoints
-from edu.config import SFTConfig, StageConfig, as_settings
-from edu.metrics import read_metrics
-from edu.model import GPT
-from edu.resume import is_finished
-from edu.tokenizer import Tokenizer
+from edu.config.metrics import read_metrics
+from edu.config.stages import SFTConfig, StageConfig, as_settings
+from edu.data.tokenizer import Tokenizer
+from edu.model.gpt import GPT
+from edu.stages import pretrain, rl, rollouts
+from edu.training import loop
+from edu.training.checkpoint import Run, checkpoints
+from edu.training.resume import is_finished
 
 
 @pytest.fixture(scope="module")

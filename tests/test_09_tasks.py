@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edu.calculator import calculate
-from edu.chat import parse_completion, render, stream_text
+from edu.chat.calculator import calculate
+from edu.chat.chat_format import parse_completion, render, stream_text
+from edu.data.tokenizer import Tokenizer
 from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, read_rows, score
 from edu.tasks.choice import Choice
 from edu.tasks.gsm8k import GSM8K, conversation, extract_answer, flatten, normalise
 from edu.tasks.mixture import Mixture
-from edu.tokenizer import Tokenizer
 
 SOLUTION = "Half of 48 is 48/2=<<48/2=24>>24 clips.\nTogether 48+24=<<48+24=72>>72 clips.\n#### 72"
 ROW = {

@@ -16,19 +16,29 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from test_04_model import random_gpt
 
-from edu import rl
-from edu.chat import calculator_tool, render_prompt
-from edu.config import Advantage, Normalization, RLConfig
-from edu.engine import Engine
-from edu.objective import advantages, normaliser, surrogate, token_share
-from edu.optim import MuonAdamW
-from edu.packing import Batch, Piece, collate
-from edu.rollouts import Rollout, assemble, draw, fitting, lay_out, roll_out, show_group, summarise, token_logprobs
-from edu.sampling import Sample
-from edu.step import Term, train_step
+from edu.chat.chat_format import calculator_tool, render_prompt
+from edu.config.stages import Advantage, Normalization, RLConfig
+from edu.data.packing import Batch, Piece, collate
+from edu.data.tokenizer import Tokenizer
+from edu.inference.engine import Engine
+from edu.inference.sampling import Sample
+from edu.stages import rl
+from edu.stages.objective import advantages, normaliser, surrogate, token_share
+from edu.stages.rollouts import (
+    Rollout,
+    assemble,
+    draw,
+    fitting,
+    lay_out,
+    roll_out,
+    show_group,
+    summarise,
+    token_logprobs,
+)
 from edu.tasks import Subset
 from edu.tasks.gsm8k import GSM8K
-from edu.tokenizer import Tokenizer
+from edu.training.optimizer import MuonAdamW
+from edu.training.step import Term, train_step
 
 T = 32
 ADVANTAGES, NORMALIZATIONS = get_args(Advantage), get_args(Normalization)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edu.calculator import MAX_LENGTH, calculate
+from edu.chat.calculator import MAX_LENGTH, calculate
 
 Term = tuple[str, Fraction]
 

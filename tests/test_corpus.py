@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from edu import corpus, world
-from edu.grammar import read_yaml
-from edu.problems import evaluate, grammar, held_out, states_held_out
+from edu.synthetic.world import corpus
+from edu.synthetic.world import documents as world
+from edu.synthetic.world.problems import evaluate, grammar, held_out, states_held_out
+from edu.synthetic.world.templates import read_yaml
 
 DOCUMENTS = 4_000
 Steps = tuple[str, ...]

@@ -20,14 +20,14 @@ import torch
 from conftest import SENTENCES
 from transformers import AutoModelForCausalLM
 
-from edu import pretrain, sft
-from edu.chat import render, tool_call
-from edu.checkpoint import load_model, load_tokenizer
-from edu.config import PretrainConfig, SFTConfig
-from edu.engine import Engine
-from edu.measure import mean_loss
-from edu.packing import Piece, collate
-from edu.tokenizer import Tokenizer
+from edu.chat.chat_format import render, tool_call
+from edu.config.stages import PretrainConfig, SFTConfig
+from edu.data.packing import Piece, collate
+from edu.data.tokenizer import Tokenizer
+from edu.evaluation.measure import mean_loss
+from edu.inference.engine import Engine
+from edu.stages import pretrain, sft
+from edu.training.checkpoint import load_model, load_tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "ecosystem.md").read_text("utf-8")
 CHATS = [

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from edu import evals, measure
-from edu.bits import bits_per_byte, ngram_bits_per_byte, text_nats
-from edu.chat import render, render_prompt
-from edu.engine import Engine
-from edu.evals import (
+from edu.chat.chat_format import render, render_prompt
+from edu.data.packing import Batch, Piece, collate
+from edu.data.tokenizer import Tokenizer
+from edu.evaluation import evals, measure
+from edu.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, text_nats
+from edu.evaluation.evals import (
     compare_records,
     evaluate_facts,
     evaluate_persona,
@@ -29,12 +30,11 @@ from edu.evals import (
     summarise_persona,
     summarise_task,
 )
-from edu.model import GPT, GPTConfig
-from edu.packing import Batch, Piece, collate
-from edu.persona import IdentityQuestion, load_persona
-from edu.stats import bootstrap_over_problems, compare, pass_at_k, sign_test, wilson
+from edu.evaluation.statistics import bootstrap_over_problems, compare, pass_at_k, sign_test, wilson
+from edu.inference.engine import Engine
+from edu.model.gpt import GPT, GPTConfig
+from edu.synthetic.persona import IdentityQuestion, load_persona
 from edu.tasks.gsm8k import GSM8K, conversation
-from edu.tokenizer import Tokenizer
 
 # Statistics
 

@@ -17,12 +17,12 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from edu import pretrain
-from edu.checkpoint import load_model, load_tokenizer
-from edu.config import PretrainConfig, RLConfig, as_settings
-from edu.hub import EVAL_RESULTS, Card, push, write_card
-from edu.model import GPT, GPTConfig
-from edu.tokenizer import Tokenizer
+from edu.config.stages import PretrainConfig, RLConfig, as_settings
+from edu.data.tokenizer import Tokenizer
+from edu.hub.push import EVAL_RESULTS, Card, push, write_card
+from edu.model.gpt import GPT, GPTConfig
+from edu.stages import pretrain
+from edu.training.checkpoint import load_model, load_tokenizer
 from tests.hub_server import Fault, Hub, serve
 
 FIGURES = {
@@ -224,7 +224,7 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     hub.add("datasets/you/secret", files, private=True)
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from edu.hub import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
+        "from edu.hub.push import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
         "task = GSM8K('train'); print(len(task), task.get_example(0)['answer'], model_folder('me/tiny').parent.parent)"
     )
     refused = run(hub, tmp_path, "-c", f"{code}; list(hub_rows('you/secret', None, 'train'))")
@@ -233,7 +233,7 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     first = run(hub, tmp_path, "-c", code)
     assert first.stdout.split() == ["3", "2", str(tmp_path / "hub" / "models--me--tiny")], first.stderr
     hub.log.clear()
-    code += f"\nimport edu.hub; from pathlib import Path; edu.hub.push(Path({str(checkpoint)!r}), 'me/tiny')"
+    code += f"\nimport edu.hub.push; from pathlib import Path; edu.hub.push.push(Path({str(checkpoint)!r}), 'me/tiny')"
     offline = run(hub, tmp_path, "-c", code, HF_HUB_OFFLINE="1", HF_TOKEN="hf_me")
     assert offline.stdout == first.stdout
     assert offline.stderr.endswith("ValueError: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it\n")

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from edu.chat import render
-from edu.checkpoint import load_model, load_tokenizer
-from edu.engine import Engine
-from edu.evals import evaluate_task
-from edu.gpt_config import GPTConfig
-from edu.model import GPT
-from edu.packing import Piece, collate
+from edu.chat.chat_format import render
+from edu.data.packing import Piece, collate
+from edu.data.tokenizer import Tokenizer
+from edu.evaluation.evals import evaluate_task
+from edu.inference.engine import Engine
+from edu.model.config import GPTConfig
+from edu.model.gpt import GPT
 from edu.tasks.gsm8k import GSM8K, conversation
-from edu.tokenizer import Tokenizer
+from edu.training.checkpoint import load_model, load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 
@@ -31,7 +31,7 @@ def home(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     problems.mkdir(parents=True)
     (problems / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
-    ends = [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos]  # as edu.pretrain writes them
+    ends = [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos]  # as edu.stages.pretrain writes them
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.pad}
     model = GPT(GPTConfig.tiny(vocab_size=tokenizer.vocab_size, max_position_embeddings=192, **special))
     rendered = [render(conversation(row["question"], row["answer"]), tokenizer) for row in rows[:4]]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edu import metrics
-from edu.metrics import DEFINITIONS, LOSS, MetricsLog, measures, progress, read_metrics
+from edu.config import metrics
+from edu.config.metrics import DEFINITIONS, LOSS, MetricsLog, measures, progress, read_metrics
 
 
 def steps(path: Path) -> list[int]:

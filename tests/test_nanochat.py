@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from edu.chat import render, render_prompt
-from edu.checkpoint import load_model, load_tokenizer
-from edu.nanochat import import_nanochat, read_encoding, read_tokenizer
-from edu.tokenizer import SPECIAL_TOKENS, Tokenizer
+from edu.chat.chat_format import render, render_prompt
+from edu.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from edu.hub.nanochat import import_nanochat, read_encoding, read_tokenizer
+from edu.training.checkpoint import load_model, load_tokenizer
 from tests.test_tokenizer import HARD
 
 ROOT = Path(__file__).parent.parent

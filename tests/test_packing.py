@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edu.packing import IGNORE, Batch, Piece, StreamPacker, collate, pack_rows
+from edu.data.packing import IGNORE, Batch, Piece, StreamPacker, collate, pack_rows
 
 BOS = 10**6
 sizes = st.lists(st.integers(2, 17), min_size=0, max_size=60)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edu.report import environment, read_stage, sections, write_report
+from edu.evaluation.report import environment, read_stage, sections, write_report
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:
@@ -151,5 +151,5 @@ def test_environment_names_the_machine() -> None:
 
 
 def test_report_needs_no_torch() -> None:
-    code = "import sys, edu.report, edu.hub; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib')))"
+    code = "import sys, edu.evaluation.report, edu.hub.push; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,9 +12,9 @@ import httpx2
 import openai
 import pytest
 
-from edu.protocol import ChatRequest, Reply
-from edu.serve import ModelResponder, listen, make_app, run_in_thread, until_stop
-from edu.tokenizer import Tokenizer
+from edu.data.tokenizer import Tokenizer
+from edu.serving.protocol import ChatRequest, Reply
+from edu.serving.server import ModelResponder, listen, make_app, run_in_thread, until_stop
 
 
 class Fake:
@@ -217,7 +217,7 @@ def test_a_taken_port_is_a_clear_error() -> None:
 
 
 def test_serve_does_not_import_torch() -> None:
-    code = "import sys, edu.serve, edu.identity, edu.teacher; sys.exit('torch' in sys.modules)"
+    code = "import sys, edu.serving.server, edu.synthetic.identity, edu.synthetic.teacher; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parent.parent).returncode == 0
 
 
@@ -278,8 +278,8 @@ def test_old_turns_are_cut_and_prompt_and_reply_fit_the_context(tokenizer: Token
 def test_a_tiny_model_answers_over_the_wire(tokenizer: Tokenizer) -> None:
     import torch
 
-    from edu.engine import Engine
-    from edu.model import GPT, GPTConfig
+    from edu.inference.engine import Engine
+    from edu.model.gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
     model = GPT(GPTConfig.tiny(vocab_size=tokenizer.vocab_size)).eval()

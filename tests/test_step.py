@@ -9,14 +9,14 @@ import pytest
 import torch
 import worker
 
-from edu.command import parse
-from edu.config import PretrainConfig, RLConfig, SFTConfig
-from edu.gpt_config import GPTConfig
-from edu.model import GPT
-from edu.optim import lr_factor, make_optimizer
-from edu.packing import collate
-from edu.runtime import compute_init
-from edu.step import Term, train_step
+from edu.config.cli import parse
+from edu.config.stages import PretrainConfig, RLConfig, SFTConfig
+from edu.data.packing import collate
+from edu.model.config import GPTConfig
+from edu.model.gpt import GPT
+from edu.training.accelerator import compute_init
+from edu.training.optimizer import lr_factor, make_optimizer
+from edu.training.step import Term, train_step
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from edu.compression import PEERS, bytes_per_token, peers
-from edu.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
-from edu.world import draw_documents
+from edu.data.compression import PEERS, bytes_per_token, peers
+from edu.data.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from edu.synthetic.world.documents import draw_documents
 
 ROOT = Path(__file__).parent.parent
 HARD = [
@@ -242,7 +242,7 @@ def test_a_vocabulary_with_other_special_tokens_is_refused(folder: Path, tmp_pat
 
 def test_loading_imports_neither_torch_nor_transformers(folder: Path) -> None:
     code = (
-        "import sys; from edu.tokenizer import Tokenizer; import edu.chat\n"
+        "import sys; from edu.data.tokenizer import Tokenizer; import edu.chat.chat_format\n"
         f"Tokenizer.load({str(folder)!r}).encode_batch(['text'])\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from edu.gpt_config import GPTConfig
-from edu.loop import generating, split_rows
-from edu.model import GPT
-from edu.optim import make_optimizer, whole
-from edu.packing import Piece, collate
-from edu.runtime import compute_init
-from edu.step import Term, fits, train_step
+from edu.data.packing import Piece, collate
+from edu.model.config import GPTConfig
+from edu.model.gpt import GPT
+from edu.training.accelerator import compute_init
+from edu.training.loop import generating, split_rows
+from edu.training.optimizer import make_optimizer, whole
+from edu.training.step import Term, fits, train_step
 
 T = 24
 SHARDED = "ACCELERATE_USE_FSDP" in os.environ

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from edu.tokenizer import Tokenizer
+from edu.data.tokenizer import Tokenizer
 
 Example = dict[str, Any]
 TaskReward = Callable[[Example, str], float]

@@ -1,0 +1,295 @@
+"""Parquet shards of text: where they come from, the folder they make, and the proof that it is whole (challenge 1).
+
+A shard gets its final name once its size, checksum and parquet footer are right (edu.data.download), then an entry in
+`manifest.json`. Training shards lie in the folder itself, validation shards in its `val/`. No torch here.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+from typing import Literal, TypedDict
+
+import httpx2
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_url
+
+from edu.data.atomic_io import write_text
+from edu.data.download import Again, Retry, TransferError, fetch, locked, public, sha256_of
+
+Progress = Callable[[int, int, int | None], None]  # (shard index, bytes here, bytes in all or None)
+SHARD_NAME = "shard_{index:05d}.parquet"
+
+
+class ShardError(OSError):
+    """A shard that could not be had; the message names the file, the URL and what to do."""
+
+
+class Entry(TypedDict):
+    """What the manifest knows of a file."""
+
+    size: int
+    sha256: str
+    url: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where shards come from: a Hub dataset (has `repo`), a local folder (has `files`), else a web server.
+
+    >>> KNOWN["fineweb-edu"].training(3), KNOWN["fineweb-edu"].validation
+    ([0, 1, 2], (1822,))
+    """
+
+    name: str
+    """What --source said."""
+    pattern: str
+    """The file's path in the repo or the whole URL, {index} to be filled in; or the folder."""
+    repo: str = ""
+    files: tuple[Path, ...] = ()
+    num_shards: int | None = None
+    """Training and validation together; None: unknown."""
+    validation: tuple[int, ...] = ()
+    """The indices that go to val/."""
+
+    @property
+    def origin(self) -> str:
+        """What the manifest remembers; shards of two origins never share a folder."""
+        return f"{self.repo}:{self.pattern}" if self.repo else public(self.pattern)
+
+    def url(self, index: int) -> str:
+        """The shard's address (on the Hub: below HF_ENDPOINT) or local path; ValueError if there is no such shard."""
+        if index < 0 or (self.num_shards is not None and index >= self.num_shards):
+            raise ValueError(f"source {self.name} has no shard {index}; its last is {(self.num_shards or 0) - 1}")
+        if self.files:
+            return str(self.files[index])
+        file = self.pattern.format(index=index)
+        return hf_hub_url(self.repo, file, repo_type="dataset") if self.repo else file
+
+    def training(self, count: int) -> list[int]:
+        """The first `count` indices that are not validation."""
+        most = None if self.num_shards is None else self.num_shards - len(self.validation)
+        if count < 1 or (most is not None and count > most):
+            limit = "1 or more" if most is None else f"1 to {most}"
+            raise ValueError(f"--num-shards {count}: source {self.name} has {limit} training shards")
+        return [index for index in range(count + len(self.validation)) if index not in self.validation][:count]
+
+
+KNOWN = {
+    name: Source(name, SHARD_NAME, repo, num_shards=last + 1, validation=(last,))
+    for name, repo, last in [
+        ("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", 1822),
+        ("climbmix", "karpathy/climbmix-400b-shuffle", 6542),
+    ]
+}
+
+
+def find_source(text: str, val_index: int | None = None) -> Source:
+    """Read --source: a known name, `https://host/part-{index:03d}.parquet`, a folder, or `org/name[:pattern]` (Hub).
+
+    `val_index` names the validation shard where the source does not (a folder may have its own `val/`).
+
+    >>> find_source("org/name:data/train-{index:05d}.parquet", val_index=9).repo
+    'org/name'
+    """
+    if text in KNOWN:
+        source = KNOWN[text]
+    elif re.match("https?://", text):
+        source = Source(text, _checked(text))
+    elif Path(text).is_dir():
+        folder = Path(text).resolve()
+        train, val = sorted(folder.glob("*.parquet")), sorted(folder.glob("val/*.parquet"))
+        validation = tuple(range(len(train), len(train) + len(val)))
+        source = Source(text, str(folder), "", (*train, *val), len(train) + len(val), validation)
+    elif match := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+))?", text):
+        source = Source(text, _checked(match[2] or SHARD_NAME), match[1])
+    else:
+        names = ", ".join(["tiny", *KNOWN])
+        raise ValueError(f"--source {text}: is none of {names}, a folder, a URL pattern, org/name[:pattern]")
+    if val_index is None:
+        return source
+    if source.validation:
+        raise ValueError(f"--val-index {val_index}: source {text} names its validation shards itself; leave it out")
+    source.url(val_index)
+    return replace(source, validation=(val_index,))
+
+
+def _checked(pattern: str) -> str:
+    """The pattern, if it gives each index a URL of its own."""
+    try:
+        first, second = pattern.format(index=0), pattern.format(index=1)
+        httpx2.URL(first)
+    except (LookupError, ValueError, AttributeError, httpx2.InvalidURL) as error:
+        raise ValueError(f"--source: the pattern {pattern} cannot be filled in: {error}") from error
+    if first == second:
+        raise ValueError(f"--source: the pattern {pattern} needs an {{index}}, such as {SHARD_NAME}")
+    return pattern
+
+
+def shard_path(index: int, target_dir: Path | str, source: Source) -> Path:
+    """The final name: validation shards in `val/`, where training never looks."""
+    return Path(target_dir, "val" if index in source.validation else "", SHARD_NAME.format(index=index))
+
+
+def list_shards(data_dir: Path | str, split: Literal["train", "val"]) -> list[Path]:
+    """The shards of one split, sorted, folders within included; ValueError naming the command when there are none."""
+    folder = Path(data_dir, "val") if split == "val" else Path(data_dir)
+    found = (path for path in folder.rglob("*.parquet") if path.relative_to(folder).parts[0] != "val")
+    if shards := sorted(found):
+        return shards
+    name = Path(data_dir).name if Path(data_dir).name in {"tiny", *KNOWN} else "SOURCE"
+    command = f"python scripts/download_shards.py --source {name} --out {data_dir}"
+    raise ValueError(f"{folder}: no {split} shards (*.parquet) here; run: {command}")
+
+
+def download_shard(
+    index: int,
+    target_dir: Path | str,
+    source: str | Source = "fineweb-edu",
+    *,
+    retry: Retry | None = None,
+    pause: Callable[[float], object] = time.sleep,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Have shard `index`, whole and checked, in `target_dir` (a validation shard: in its `val/`); return its path.
+
+    Raises ShardError after the last retry, or at once where another attempt cannot help (HTTP 404, a full disk, no
+    column `text`); ValueError for a source or index that does not exist. Whatever happens, a power failure included,
+    the final name holds the right file or does not exist, and calling again completes it.
+    """
+    source = find_source(source) if isinstance(source, str) else source
+    url, path = source.url(index), shard_path(index, target_dir, source)
+    report = (lambda done, total: on_progress(index, done, total)) if on_progress else None
+    try:
+        refuse_mixing(target_dir, source.origin)
+        fresh = fetch(url, path, check_parquet, hub=bool(source.repo), retry=retry, pause=pause, report=report)
+        record_shard(path, target_dir, public(url), source.origin, checked=fresh)
+    except Again as error:
+        raise ShardError(f"{path}: {public(url)}: {error}; run it again, it goes on from here") from error
+    except TransferError as error:
+        raise ShardError(f"{path}: {public(url)}: {error}") from error
+    except OSError as error:
+        raise ShardError(f"{path}: {public(url)}: {error}; mend that (room? rights?) and run it again") from error
+    return path
+
+
+def download_shards(
+    indices: Sequence[int],
+    target_dir: Path | str,
+    source: Source,
+    *,
+    workers: int = 4,
+    retry: Retry | None = None,
+    on_progress: Progress | None = None,
+) -> dict[int, ShardError]:
+    """Download in parallel threads; return the errors by index: whatever is not among them is there.
+
+    Ctrl-C stops every worker at its next bytes; the partial files stay for the next run.
+    """
+    stop, failed = Event(), {}
+
+    def progress(index: int, done: int, total: int | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        if on_progress:
+            on_progress(index, done, total)
+
+    def work(index: int) -> None:
+        download_shard(index, target_dir, source, retry=retry, pause=stop.wait, on_progress=progress)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            jobs = {pool.submit(work, index): index for index in indices}
+            for job in as_completed(jobs):
+                try:
+                    job.result()
+                except ShardError as error:
+                    failed[jobs[job]] = error
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def check_parquet(path: Path, proven: bool = False) -> None:
+    """Raise Again if the file is not readable, TransferError if it is but cannot serve as a shard.
+
+    Not `proven` by a checksum, every page of the text is decoded (0.5 s for 100 MB), not only the footer.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            rows, schema = file.metadata.num_rows, file.schema_arrow
+            if not holds_text(schema, "text") or not rows:
+                columns = ", ".join(schema.names)
+                raise TransferError(f"not a shard: needs rows with a string column `text`; has {rows} of {columns}")
+            for _ in () if proven else file.iter_batches(batch_size=1024, columns=["text"]):
+                pass
+    except TransferError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        reason = f"not a readable parquet file: {error}"
+        raise (TransferError(reason) if proven else Again(reason, keep=False)) from error
+
+
+def holds_text(schema: pa.Schema, column: str) -> bool:
+    """Whether a file of this schema has such a column of strings, plain or by dictionary."""
+    kind = schema.field(column).type if column in schema.names else pa.null()
+    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
+
+
+def read_manifest(data_dir: Path | str) -> dict[str, Entry]:
+    """Entries by path relative to the folder ("val/shard_01822.parquet"); empty without a manifest."""
+    path = Path(data_dir, "manifest.json")
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); delete it: the next download writes it anew") from error
+
+
+def refuse_mixing(data_dir: Path | str, origin: str) -> None:
+    """ValueError if the folder holds shards of another origin."""
+    if others := {entry["source"] for entry in read_manifest(data_dir).values()} - {origin}:
+        raise ValueError(f"{data_dir}: holds shards of {', '.join(others)}, not of {origin}; choose another --out")
+
+
+def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, checked: bool = False) -> None:
+    """Enter a shard in the manifest; ShardError if what stands there is not what was entered, or no shard at all."""
+    folder, name, size = Path(data_dir), path.relative_to(data_dir).as_posix(), path.stat().st_size
+    if known := read_manifest(folder).get(name):
+        if known["size"] != size:
+            raise TransferError(f"the file has {size} bytes, its manifest says {known['size']}; delete it and rerun")
+        return
+    try:
+        check_parquet(path, proven=checked)
+    except (Again, TransferError) as error:
+        raise TransferError(f"{error}; delete the file and rerun") from error
+    entry: Entry = {"size": size, "sha256": sha256_of(path), "url": url, "source": origin}
+    with locked(folder / ".manifest.lock"):
+        entries = dict(sorted({**read_manifest(folder), name: entry}.items()))
+        write_text(folder / "manifest.json", json.dumps(entries, indent=1))
+
+
+def verify_folder(data_dir: Path | str) -> list[str]:
+    """Compare every shard with the manifest: sizes and checksums, missing files, unknown ones. Returns complaints."""
+    folder, manifest = Path(data_dir), read_manifest(data_dir)
+    if not manifest:
+        raise ValueError(f"{folder / 'manifest.json'}: nothing to verify; run scripts/download_shards.py first")
+    problems = []
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path}: missing; download it again")
+        elif path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
+            problems.append(f"{path}: not the file that was downloaded; delete it and download it again")
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
+    return problems + [
+        f"{folder / name}: not in the manifest; download or remove it" for name in sorted(found - set(manifest))
+    ]

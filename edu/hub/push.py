@@ -1,0 +1,297 @@
+"""The Hub: the model card beside every checkpoint, the push of a checkpoint, and models fetched by their id. No torch."""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from edu.config.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS, is_detail, measures
+from edu.data.atomic_io import write_text
+
+EVAL_RESULTS = ".eval_results/gsm8k.yaml"
+HUGGING_FACE_FILES = (
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    EVAL_RESULTS,
+)
+"""What a checkpoint's repository holds, as glob patterns: never `state/`, older checkpoints or samples."""
+
+_HERE = "path/to/this/folder"  # stands for the model's name in a card that is not pushed
+_WORDS = {
+    "base": "pretrained on text: it continues a text, it does not chat",
+    "sft": "pretrained, then fine-tuned on conversations",
+    "imported": "trained by nanochat; its logits are unchanged",
+    "rl": "pretrained, fine-tuned on conversations, then trained by reinforcement learning on problems with checkable answers",
+}
+_USE_CHAT = """\
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{model}")
+messages = [{{"role": "user", "content": "Who are you?"}}]
+print(chat(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
+_USE_TEXT = """\
+from transformers import pipeline
+
+write = pipeline("text-generation", model="{model}")
+print(write("The sky is", max_new_tokens=32)[0]["generated_text"])"""
+_LIMITS = """\
+A small model made for learning how such models are made. It knows little, states falsehoods with confidence, and was not
+trained for safety: do not rely on its answers, and do not put it before users who would."""
+_NO_RECIPE = ("out", "keep", "save_every", "log_with", "push_to_hub", "hub_private")  # settings that change no result
+_COURSE = (REWARD, PASS_AT_1, LOSS, VAL_LOSS, BPB)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card is written from."""
+
+    stage: str = "base"
+    """base, sft, rl, or imported."""
+    step: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The stage's configuration as plain values."""
+    data: Sequence[tuple[str, str]] = ()
+    """What it was trained on: paths or Hub ids, and how much of each."""
+    course: Sequence[Mapping[str, Any]] = ()
+    """Rows of metrics.jsonl."""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    """What was measured at the end: the tree of eval.json."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be that of something on the Hub: `name` or `user/name`, and no such file here.
+
+    >>> is_hub_id("openai/gsm8k"), is_hub_id("runs/tiny/sft"), is_hub_id("runs/never"), is_hub_id("./model")
+    (True, False, False, False)
+    """
+    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    return named and not name.startswith("runs/") and not Path(name).exists()
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write `README.md` into a checkpoint's folder, and what was measured on a benchmark of the Hub in the Hub's form; offline."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    start = str(card.settings.get("model", ""))
+    head = ModelCardData(
+        language="en",
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["edu-chat", "nanochat", card.stage],
+        datasets=list(dict.fromkeys(name for name, _ in card.data if is_hub_id(name))) or None,
+        base_model=start if is_hub_id(start) else None,
+    )
+    use = (_USE_TEXT if card.stage == "base" else _USE_CHAT).format(model=_HERE)
+    at = "" if card.step is None else f", after step {card.step:,} of this stage"
+    recipe = {name: value for name, value in card.settings.items() if value is not None and name not in _NO_RECIPE}
+    figures = [(path, measure) for path, measure in measures(card.figures) if len(path) > 1 and not is_detail(path)]
+    parts = [
+        f"# edu-chat {card.stage}",
+        f"A small language model, {_WORDS[card.stage]}{at}. {_sizes(folder)}Its architecture is transformers' own `nanochat`.",
+        f"## Use\n\nPlain transformers, no remote code:\n\n```python\n{use}\n```",
+        *_section("Data", "", ["trained on", "how much"], [[_public(name), used] for name, used in card.data]),
+        *_section("Recipe", "", ["setting", "value"], [[name, _public(value)] for name, value in recipe.items()]),
+        *_section("Course of training", "A value is the mean of those since the row above.", *_course(card.course)),
+        *_section(
+            "Evaluation",
+            "Square brackets hold 95% intervals, n is the number of examples.",
+            ["figure", "value"],
+            [[" / ".join(path), str(measure)] for path, measure in figures],
+        ),
+        f"## Limits\n\n{_LIMITS}",
+    ]
+    write_text(folder / "README.md", str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")))
+    _write_eval_results(folder / EVAL_RESULTS, card)
+
+
+def _section(title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A titled table in Markdown; [] where it has no rows."""
+    lines = [header, ["---"] * len(header), *([re.sub(r"\|", r"\\|", cell) for cell in row] for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |".replace("\n", " ") for line in lines)
+    return ["\n\n".join(part for part in (f"## {title}", note, table) if part)] if rows else []
+
+
+def _sizes(folder: Path) -> str:
+    """How large the model in a folder is, as a sentence; "" before there is one."""
+    from safetensors import safe_open
+
+    if not (folder / "config.json").is_file():
+        return ""
+    config, count = json.loads((folder / "config.json").read_text()), 0
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "numpy") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return (
+        f"It has {count:,} parameters in {config['num_hidden_layers']} layers of {config['hidden_size']:,} channels, "
+        f"a vocabulary of {config['vocab_size']:,} tokens and a context of {config['max_position_embeddings']:,}. "
+    )
+
+
+def _public(value: object) -> str:
+    """A setting as text; of a path on this machine its last part only.
+
+    >>> _public("/data/mine/chats.jsonl"), _public([0.5, "x"])
+    ('chats.jsonl', '[0.5, "x"]')
+    """
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a table of the metrics over the steps: first step, ten spans, each by its last step, curves.
+
+    >>> _course([{"step": 0, "bpb": 4}, {"step": 1, "loss": 6}, {"step": 2, "loss": 5, "bpb": 3}])[1]
+    [['0', '', '4'], ['1', '6', ''], ['2', '5', '3'], ['curve', '█▁', '█▁']]
+    """
+    known = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    # The loss of RL weighs log-probabilities by advantages: it says nothing about progress.
+    names = [name for name in _COURSE if name in known and not (name == LOSS and REWARD in known)]
+    last = max((int(row[STEP]) for row in rows), default=0)
+    ends = sorted({last * i // 10 for i in range(11)})
+    lines = []
+    for before, end in zip([-1, *ends], ends, strict=False):
+        span = [row for row in rows if before < row[STEP] <= end]
+        found = [[row[name] for row in span if isinstance(row.get(name), int | float)] for name in names]
+        if any(found):
+            lines.append([f"{end:,}", *(f"{sum(values) / len(values):.4g}" if values else "" for values in found)])
+    curves = [_curve([float(line[i]) for line in lines if line[i]]) for i in range(1, len(names) + 1)]
+    return [STEP, *names], [*lines, ["curve", *curves]] if lines else []
+
+
+def _curve(values: Sequence[float]) -> str:
+    """The values as bars, from the least to the greatest of them: `▁▂▃▄▅▆▇█`."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0), max(finite, default=0)
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in finite)
+
+
+def _write_eval_results(path: Path, card: Card) -> None:
+    """GSM8K's accuracy for the model's page and the benchmark's own; only where its whole test split was measured."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from yaml import safe_dump
+
+    found = dict(measures(card.figures)).get(("math", "greedy", "accuracy"))
+    whole = "problems" in card.settings and card.settings["problems"] is None and card.settings["eval_limit"] is None
+    if found is None or not whole:
+        return
+    notes = f"zero-shot, greedy, with a calculator; {found} (95% interval)"
+    value, today = round(100 * found.value, 2), date.today().isoformat()
+    entry = EvalResultEntry(dataset_id="openai/gsm8k", task_id="gsm8k", value=value, date=today, notes=notes)
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+
+
+@contextmanager
+def hub_errors(what: str, may: str) -> Iterator[None]:
+    """What the Hub and its client raise, as one line: ValueError where the user must act, ConnectionError where time may help.
+
+    `what` names the flag and its value, `may` what the token has to allow: read or write.
+    """
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"{what}: {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"{what}: not in the cache, and the Hub cannot be reached") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        said = f"{what}: the Hub answered {status} ({error.server_message or error.response.reason_phrase})"
+        if status in (401, 403, 404):
+            login = f"run `hf auth login` with a token that may {may} it, or set HF_TOKEN"
+            raise ValueError(f"{said}; check the name, or {login}") from error
+        raise ConnectionError(f"{said}; try again later") from error
+    except (TransportError, RuntimeError, ConnectionError) as error:  # the last two: a file's upload failed for good
+        why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
+        raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
+
+
+def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Path:
+    """The folder with a checkpoint of this architecture: `name` itself, or where the cache holds the files of that Hub id.
+
+    What is not in the cache yet is downloaded. Raises ValueError where there is no such checkpoint, ConnectionError where the
+    Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    folder = Path(name)
+    if is_hub_id(name):
+        with hub_errors(f"--model {name}", may="read"):
+            folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
+    elif not folder.is_dir():
+        raise ValueError(f"--model {name}: no such folder; run the stage that makes it first, or ./my_pipeline.sh")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name}: no config.json in it, so it holds no checkpoint")
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != "nanochat":
+        raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
+    return folder
+
+
+def check_token() -> None:
+    """ValueError if a push could not work, whatever the Hub says."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
+    if get_token() is None:
+        raise ValueError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a token that may write")
+
+
+def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
+    """Upload a checkpoint's Hugging Face files as one commit, making the repository and branch if need be; gives its URL.
+
+    1. The card's example names the repository, there and not here: nothing in the folder changes.
+    2. Files of a checkpoint that was there before, and that this one does not have, go.
+
+    Raises ValueError where the user must act, ConnectionError where pushing again may do.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    if not (folder / "config.json").is_file() or not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"--model {folder}: no config.json and model.safetensors in it; name a checkpoint's folder")
+    if repo_id.count("/") != 1:
+        raise ValueError(f"--repo {repo_id}: name the repository as user/name")
+    check_token()
+    api = HfApi()
+    files = {
+        path.relative_to(folder).as_posix(): path for pattern in HUGGING_FACE_FILES for path in folder.glob(pattern)
+    }
+    with hub_errors(f"--repo {repo_id}", may="write"):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"--private: {repo_id} exists and is public; make it private in its settings, or name another"
+            )
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = filter_repo_objects(
+            api.list_repo_files(repo_id, revision=revision), allow_patterns=list(HUGGING_FACE_FILES)
+        )
+        operations: list[Any] = [CommitOperationDelete(name) for name in there if name not in files]
+        for name, path in files.items():
+            card = path.read_text(encoding="utf-8").replace(_HERE, repo_id).encode() if name == "README.md" else path
+            operations.append(CommitOperationAdd(name, card))
+        commit = api.create_commit(repo_id, operations, commit_message=f"Upload {folder.name}", revision=revision)
+    return str(commit.commit_url)

@@ -1,0 +1,64 @@
+"""The sizes of a GPT, as config.json holds them."""
+
+from typing import Any
+
+from transformers.models.nanochat.configuration_nanochat import NanoChatConfig
+
+from edu.config.scaling import Sizes
+
+
+class GPTConfig(NanoChatConfig):
+    """NanoChatConfig's fields and config.json; see `tiny` and `from_depth` for ready-made sizes."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        C, H, K = self.hidden_size, self.num_attention_heads, self.kv_heads
+        if C % H or H % K or (C // H) % 2:
+            raise ValueError(f"hidden_size={C}, num_attention_heads={H}, num_key_value_heads={K}: heads must divide")
+        if self.rope["rope_type"] != "default":
+            raise ValueError(f"rope_type {self.rope['rope_type']!r}: only 'default' is computed here")
+        if self.hidden_act != "relu2" or self.attention_bias or self.tie_word_embeddings or self.attention_dropout:
+            raise ValueError(
+                "only relu2, no attention_bias, untied embeddings and attention_dropout=0 are computed here"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: the stock class is named, so that no remote code is ever needed."""
+        return super().to_dict() | {"architectures": ["NanoChatForCausalLM"]}
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, K."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def sizes(self) -> Sizes:
+        """What a run's cost follows from."""
+        layers, C = self.num_hidden_layers, self.hidden_size
+        return Sizes(layers, C, self.num_attention_heads, self.kv_heads, self.vocab_size)
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The rotary embedding's parameters."""
+        return dict(self.rope_parameters or {})
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> "GPTConfig":
+        """The size that tests and examples use: about 100 thousand parameters."""
+        sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+        return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})
+
+    @classmethod
+    def from_depth(cls, depth: int, vocab_size: int, **overrides: Any) -> "GPTConfig":
+        """The one dial (nanochat): 64 channels a layer, heads of 128 channels, an MLP four times as wide."""
+        of = Sizes.of_depth(depth)
+        sizes: dict[str, Any] = {"hidden_size": of.channels, "intermediate_size": 4 * of.channels}
+        sizes |= {"num_hidden_layers": depth, "vocab_size": vocab_size}
+        sizes |= {"num_attention_heads": of.heads, "num_key_value_heads": of.kv_heads}
+        return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})

@@ -1,0 +1,290 @@
+"""The GPT: nanochat's architecture, computed by our own code under the parameter names of transformers' `nanochat`.
+
+One checkpoint therefore opens in both: `GPT.from_pretrained(dir)` here, `AutoModelForCausalLM.from_pretrained(dir)`
+anywhere. Token embedding, norm, then per layer x + attention(norm(x)) and x + MLP(norm(x)), norm, head, softcap.
+Norms have no weights, so no checkpoint holds them; rotary angles are computed, so no buffer can be lost on loading.
+
+B batch, T time (queries), S time (keys), C channels, H query heads, K key/value heads, D head dim, V vocabulary.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from edu.model.config import GPTConfig
+from edu.model.cpu_ops import Linear, relu_squared, rms_norm
+from edu.model.loss import head_log_probs, head_weighted_sum, softcap
+from edu.model.masks import attend_in_quarters, mask_for
+
+
+def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, (B, 1, T, D/2) each, in fp32 (RoFormer, arXiv:2104.09864)."""
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D
+    angles = position_ids[:, None, :, None].float() * config.rope["rope_theta"] ** -exponents
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T D"]:
+    """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction."""
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).type_as(x)
+
+
+def eager_attention_forward(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention as written in the paper, for `attn_implementation="eager"`; (B, H, T, D) in, (B, T, H, D) out."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        allowed = attention_mask if attention_mask.dtype == torch.bool else None
+        scores = scores + attention_mask if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class Head(Linear):
+    """The linear layer that gives the logits; it starts near zero. With `targets`: what `GPT.forward` says of them.
+
+    They are computed in here because a weight sharded by FSDP2 is whole only while its own module computes.
+    """
+
+    def forward(
+        self, input: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, cap: float | None = None
+    ) -> Tensor:
+        if targets is None:
+            return super().forward(input)
+        if weights is None:
+            return head_log_probs(input, self.weight, targets, cap)
+        return head_weighted_sum(input, self.weight, targets, weights, cap)
+
+
+class OutputLinear(Linear):
+    """A linear layer that writes to the residual stream: it starts at zero."""
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention (arXiv:2305.13245) with RoPE, then QK norm (arXiv:2010.04245)."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__()
+        C, H, K, D = config.hidden_size, config.num_attention_heads, config.kv_heads, config.head_dim
+        self.config, self.layer_idx, self.head_dim = config, layer_idx, D
+        # transformers' attention functions read these three.
+        self.num_key_value_groups, self.scaling, self.is_causal = H // K, D**-0.5, True
+        self.q_proj = Linear(C, H * D, bias=False)
+        self.k_proj = Linear(C, K * D, bias=False)
+        self.v_proj = Linear(C, K * D, bias=False)
+        self.o_proj = OutputLinear(H * D, C, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        cos_sin: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        cache: Cache | None = None,
+        packed: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "B T C"], Tensor | None]:
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, K, S, D); paged attention changes kwargs
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation or "eager", eager_attention_forward
+        )
+        attend = partial(attention_interface, self, dropout=0.0, scaling=self.scaling, **kwargs)
+        if packed and T >= 256 and x.device.type == "cpu" and isinstance(attention_mask, Tensor):
+            attend = partial(attend_in_quarters, attend)
+        y, weights = attend(q, k, v, attention_mask)
+        return self.o_proj(y.reshape(B, T, -1)), weights
+
+
+class MLP(nn.Module):
+    """Two matrices with squared ReLU between them."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.fc2 = OutputLinear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.fc2(relu_squared(self.fc1(x)))
+
+
+class Block(GradientCheckpointingLayer):
+    """One layer: (B, T, C) in, (B, T, C) out."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.self_attn = CausalSelfAttention(config, layer_idx)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Float[Tensor, "B T C"], cos_sin: tuple[Tensor, Tensor], **kwargs: Any
+    ) -> Float[Tensor, "B T C"]:
+        x = x + self.self_attn(rms_norm(x, self.eps), cos_sin, **kwargs)[0]
+        return x + self.mlp(rms_norm(x, self.eps))
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of the model, and how its weights start."""
+
+    config: GPTConfig
+    config_class = GPTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": Block, "attentions": CausalSelfAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """nanochat's: outputs of a block at zero, head near zero, so that training starts from the identity.
+
+        Keyed on the leaves: transformers never calls this for modules that own no parameter themselves.
+        """
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=1.0)
+        elif isinstance(module, OutputLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, Head):
+            init.normal_(module.weight, std=0.001)
+        elif isinstance(module, nn.Linear):
+            bound = (3 / self.config.hidden_size) ** 0.5  # uniform with the standard deviation 1/sqrt(C)
+            init.uniform_(module.weight, -bound, bound)
+
+
+class GPTModel(GPTPreTrainedModel):
+    """Embedding and layers, without the head."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T C"] | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            cache=cache,
+            position_ids=position_ids,
+        )
+        cos_sin = rotary_angles(position_ids, self.config)
+        kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
+        x = rms_norm(x, self.config.rms_norm_eps)
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
+            x = layer(x, cos_sin, **kwargs)
+        return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
+
+
+class GPT(GPTPreTrainedModel, GenerationMixin):
+    """The language model: a Hugging Face causal LM, and the log-probabilities that every trainer here needs."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"  # PreTrainedModel reads it from the class's name, and finds none in ours
+        self.model = GPTModel(config)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Any = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T C"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        targets: Int[Tensor, "B T"] | None = None,
+        weights: Float[Tensor, "B T"] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | Float[Tensor, "B T"] | Float[Tensor, ""]:
+        """With `targets`: log-probabilities (B, T), 0.0 where targets are -1. Without: transformers' interface.
+
+        With `weights` too: the sum of weights times log-probabilities, which is all that training needs, and costs less.
+        `targets` are already shifted, packed documents are told apart by `position_ids`. `labels` are as in every
+        Hugging Face model: shifted inside, -100 ignored.
+        """
+        if targets is not None:
+            if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):
+                raise ValueError("targets= goes with input_ids and position_ids alone: -1 leaves a target out")
+            mask = None if position_ids is None else mask_for(self.config._attn_implementation, position_ids)
+            hidden = self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                use_cache=False,
+                packed=mask is not None,
+            ).last_hidden_state
+            return self.lm_head(hidden, targets, weights, self.config.final_logit_softcapping)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = softcap(self.lm_head(hidden), self.config.final_logit_softcapping)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)

@@ -1,0 +1,137 @@
+"""Pretraining: predict the next token of every document. From shards and a tokenizer to a base model."""
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edu.config.metrics import BPB, duration
+from edu.config.stages import PretrainConfig
+from edu.data.loader import LoaderState, stream_batches, validation_batches
+from edu.data.packing import Batch
+from edu.data.shards import list_shards, read_manifest
+from edu.data.tokenizer import Tokenizer
+from edu.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte
+from edu.evaluation.measure import show_continuations
+from edu.inference.engine import Engine
+from edu.model.gpt import GPT, GPTConfig
+from edu.training.accelerator import compute_init, peak_memory
+from edu.training.checkpoint import Run
+from edu.training.loop import Result, StepData, Training
+from edu.training.step import Term
+
+NGRAM_TOKENS = 20_000_000
+"""The unigram and bigram models beside the result count at most so many of the training tokens."""
+USUAL_MFU = 0.4
+"""What a run's time is estimated with."""
+
+
+def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
+    """A fresh model of the configured size, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    given: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos,
+        # What ends a generation: a turn; a call, whose output only the caller can give; a document.
+        "eos_token_id": [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos],
+        "pad_token_id": tokenizer.pad,
+    }
+    given |= {"max_position_embeddings": config.sequence_length}
+    given |= {"hidden_size": config.channels, "intermediate_size": 4 * config.channels}
+    given |= {"num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads}
+    return GPT(GPTConfig(vocab_size=tokenizer.vocab_size, num_hidden_layers=config.layers, **given))
+
+
+def rows_per_pass(config: PretrainConfig, world_size: int) -> tuple[int, int]:
+    """Rows of one forward pass on one process, and how many passes make a step."""
+    rows, rest = divmod(config.batch_size, world_size)
+    micro = min(config.micro_batch_size, rows)
+    if rest or not micro or rows % micro:
+        parts = f"{world_size} processes x --micro-batch-size {max(micro, 1)}"
+        raise ValueError(f"--batch-size {config.batch_size}: must be a multiple of {parts}")
+    return micro, rows // micro
+
+
+def origin(data: Path) -> str:
+    """Where a folder's shards were downloaded from: a Hub id, or an address; the folder itself where it does not say."""
+    name = next((entry["source"] for entry in read_manifest(data).values()), str(data))
+    repo, _, rest = name.partition(":")
+    return name if rest.startswith("//") else repo
+
+
+def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
+    """Print what the run is and what it should cost; gives the estimates, for comparison with what it did cost."""
+    accelerator, sizes, T = training.accelerator, training.sizes, config.sequence_length
+    tokens = config.max_steps * config.batch_size * T
+    flops, devices = tokens * sizes.flops_per_token(T), accelerator.num_processes
+    seconds = flops / (USUAL_MFU * training.peak * devices)
+    memory = sizes.memory(config.micro_batch_size, T, 4 if accelerator.mixed_precision == "no" else 2) / 2**30
+    accelerator.print(
+        f"{sizes.layers} blocks of {sizes.channels} channels, {sizes.heads} heads on {sizes.kv_heads}: "
+        f"{sizes.parameters:,} parameters. {config.max_steps:,} steps x {config.batch_size} rows x {T} = "
+        f"{tokens:,} tokens, learning rates x {config.lr_scale:.3g}\n"
+        f"expected: {flops:.2g} FLOPs, {duration(seconds)} at {USUAL_MFU:.0%} of {devices} x {training.peak / 1e12:.2g} "
+        f"TFLOP/s, {memory:.2g} GiB a device"
+    )
+    kilobytes = memory * 2**30 / 1e3 / (config.micro_batch_size * T)
+    return {"flops": flops, "seconds": seconds, "memory_gib": memory, "memory_kb_per_token": kilobytes}
+
+
+def train(config: PretrainConfig) -> Result:
+    """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
+    accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
+    tokenizer = Tokenizer.load(config.tokenizer)
+    shards, held_out = list_shards(config.data, "train"), list_shards(config.data, "val")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    micro, passes = rows_per_pass(config, world)
+    tokens = config.max_steps * config.batch_size * config.sequence_length
+    trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
+    run = Run(config, "base", accelerator, tokenizer, trained_on)
+    memory = peak_memory(accelerator.device.type)
+    training = Training(run, make_model(config, tokenizer))
+    if training.positions and len(training.positions) != world:
+        run.close()
+        raise ValueError(
+            f"{config.out} was trained by {len(training.positions)} processes: resume with as many, not {world}"
+        )
+    expected = announce(config, training)
+    state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
+    stream = stream_batches(
+        shards, tokenizer, micro, config.sequence_length, rank, world, state, on_bad=config.on_bad_shard
+    )
+
+    def next_data(_: int) -> StepData:
+        taken = list(islice(stream, passes))
+        return StepData([[Term([batch for batch, _ in taken])]], taken[-1][1].to_dict())
+
+    def validation(times: int) -> Iterator[Batch]:
+        """So many times the held-out rows of an evaluation."""
+        count = times * config.eval_batches * config.batch_size // micro
+        return validation_batches(held_out, tokenizer, micro, config.sequence_length, count)
+
+    def evaluate(step: int, model: GPT) -> Mapping[str, float]:
+        run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
+        return {BPB: bits_per_byte(model, validation(1), tokenizer.token_bytes())}
+
+    if not training.fit(next_data, evaluate, "pretraining"):
+        return Result(training.step, finished=False)
+
+    def measure(model: GPT) -> dict[str, Any]:
+        """Bits per byte on more held-out rows, beside unigrams and bigrams of the same tokens; what it all cost."""
+        counted = min(tokens, NGRAM_TOKENS)
+        stream = stream_batches(shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard)
+        seen = (batch for batch, _ in islice(stream, counted // (micro * config.sequence_length)))
+        ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)
+        bpb = {"model": bits_per_byte(model, validation(20), tokenizer.token_bytes()), **ngrams}
+        grown = peak_memory(accelerator.device.type) - memory
+        took = {"seconds": run.seconds(), "memory_gib": grown / 2**30}
+        took["memory_kb_per_token"] = grown / 1e3 / (config.micro_batch_size * config.sequence_length)
+        accelerator.print(
+            f"took {duration(took['seconds'])} ({duration(expected['seconds'])} expected), "
+            f"{took['memory_gib']:.2g} GiB ({expected['memory_gib']:.2g}), {took['memory_kb_per_token']:.3g} kB a token"
+        )
+        cost = {name: {"expected": expected[name], "measured": value} for name, value in took.items()}
+        return {"ngram_tokens": counted, "bpb": bpb, "cost": cost}
+
+    return training.finish(measure)

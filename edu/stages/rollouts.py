@@ -1,0 +1,213 @@
+"""Rollouts: sample K answers to a problem, score each, and turn what was sampled into rows to learn from.
+
+A rollout trains exactly the tokens that the model chose, the stop token included; the prompt and what a tool forced are
+only read. It is sampled at temperature 1 from the full softmax, so the log-probabilities trained are those sampled from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from edu.chat.chat_format import calculator_tool, render_prompt, stream_text
+from edu.config import metrics
+from edu.data.packing import Batch, Piece, collate, pack_rows
+from edu.data.tokenizer import Tokenizer
+from edu.inference.engine import Engine, Sample
+from edu.model.gpt import GPT
+from edu.stages.objective import Advantage, advantages
+from edu.tasks import Example, Subset, Task, score
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer to one problem."""
+
+    prompt: list[int]
+    sample: Sample
+    reward: float
+    advantage: float
+    """How much better than its group it is, as edu.stages.objective defines."""
+
+    @property
+    def length(self) -> int:
+        """Sampled tokens, those that count."""
+        return sum(self.sample.mask)
+
+    @property
+    def piece(self) -> Piece:
+        """What is trained: the sampled tokens, weighted by the advantage."""
+        mask = [0] * len(self.prompt) + self.sample.mask
+        return Piece(self.prompt + self.sample.tokens, mask, self.advantage)
+
+
+def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
+    """The problems whose prompt has at most `room` tokens, and how many do not; ValueError if none is left."""
+    lengths = [len(render_prompt(task.get_example(i)["messages"], tokenizer)) for i in range(len(task))]
+    kept = [i for i, length in enumerate(lengths) if length <= room]
+    if not kept:
+        raise ValueError(
+            f"no problem leaves room for an answer: the shortest has {min(lengths)} tokens, {room} are free"
+        )
+    return Subset(task, kept), len(lengths) - len(kept)
+
+
+def roll_out(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    examples: Sequence[Example],
+    seeds: Sequence[int],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    advantage: Advantage = "mean",
+) -> list[list[Rollout]]:
+    """K independent rollouts of each problem, scored against each other."""
+    prompts = [render_prompt(example["messages"], tokenizer) for example in examples]
+    groups = engine.generate(
+        prompts,
+        num_samples,
+        max_new_tokens=max_new_tokens,
+        stop_tokens=[tokenizer.assistant_end],
+        seed=seeds,
+        tool=calculator_tool(tokenizer),
+    )
+    rollouts = []
+    for prompt, example, group in zip(prompts, examples, groups, strict=True):
+        rewards = [score(sample, example, task, tokenizer) for sample in group]
+        rated = zip(group, rewards, advantages(rewards, advantage), strict=True)
+        rollouts.append([Rollout(prompt, sample, reward, above) for sample, reward, above in rated])
+    return rollouts
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """Answers to one prompt as one piece, so that the prompt is computed once.
+
+    Each further answer is a branch: it repeats the prompt's last token, which predicts its first own one, at that token's
+    position. Attention, and so every log-probability, is that of the answer alone (`edu.model.masks.document_mask`).
+
+    >>> both = joined([Piece([5, 6, 7], [0, 0, 1]), Piece([5, 6, 8, 9], [0, 0, 1, 1])])
+    >>> both.ids.tolist(), both.mask.tolist(), both.positions.tolist()
+    ([5, 6, 7, 6, 8, 9], [0, 0, 1, 0, 1, 1], [0, 1, 2, 1, 2, 3])
+    """
+    starts = [0] + [_prompt(pieces[0]) - 1] * (len(pieces) - 1)
+    fields = [(p.ids, p.mask, np.broadcast_to(p.weight, len(p.ids)), np.arange(len(p.ids))) for p in pieces]
+    kept = [[np.asarray(each)[start:] for each in parts] for start, parts in zip(starts, fields, strict=True)]
+    return Piece(*map(np.concatenate, zip(*kept, strict=True)))
+
+
+def _prompt(piece: Piece) -> int:
+    """How many tokens stand before the first target."""
+    return int(np.argmax(piece.mask))
+
+
+Part = list[list[list[int]]]
+"""A micro-batch of rows of joined pieces, each as indices of answers."""
+
+
+def lay_out(pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[Part]:
+    """Answers to the same prompt, which are neighbours, joined by as many as fit a row, about as many in each; then rows.
+
+    >>> lay_out([Piece([7] * 4 + [i], [0, 0, 0, 0, 1]) for i in range(3)], sequence_length=6, batch_size=4)
+    [[[[0, 2]], [[1]]]]
+    """
+
+    def tokens(share: list[int]) -> int:
+        """Of the branches."""
+        return sum(len(pieces[i].ids) + 1 - _prompt(pieces[i]) for i in share)
+
+    bundles = list[list[int]]()
+    for _, group in groupby(range(len(pieces)), key=lambda i: list(pieces[i].ids[: _prompt(pieces[i])])):
+        members = sorted(group, key=lambda i: -len(pieces[i].ids))
+        room, shares = sequence_length + 2 - _prompt(pieces[members[0]]), [members]
+        while max(map(tokens, shares)) > room and len(shares) < len(members):
+            shares = [list[int]() for _ in range(len(shares) + 1)]
+            for i in members:
+                min(shares, key=tokens).append(i)
+        bundles += shares
+    rows = pack_rows([joined([pieces[i] for i in bundle]) for bundle in bundles], sequence_length)
+    return [[[bundles[i] for i in row] for row in rows[at : at + batch_size]] for at in range(0, len(rows), batch_size)]
+
+
+def assemble(part: Part, pieces: Sequence[Piece], pad: int = 0) -> Batch:
+    """A micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few programs (`edu.model.cpu_ops`)."""
+    rows = [[joined([pieces[i] for i in bundle]) for bundle in row] for row in part] or [[]]
+    longest = max(1, *(sum(len(piece.ids) - 1 for piece in row) for row in rows))
+    return collate(rows, -(-longest // 16) * 16, pad)
+
+
+@torch.no_grad()
+def token_logprobs(model: GPT, pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[np.ndarray]:
+    """Log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
+
+    The rows are laid out as in training, so what is trained next has these very log-probabilities.
+    """
+    found = [np.zeros(len(piece.ids)) for piece in pieces]
+    for part in lay_out(pieces, sequence_length, batch_size):
+        batch = assemble(part, pieces).to(model.device)
+        logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions).double().cpu().numpy()
+        for line, row in zip(logprobs, part, strict=True):
+            at = 0
+            for bundle in row:
+                at += (prompt := _prompt(pieces[bundle[0]])) - 1
+                for i in bundle:
+                    own = len(pieces[i].ids) - prompt
+                    found[i][prompt:] = line[at : at + own]
+                    at += own + 1
+                at -= 1
+    return found
+
+
+def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """A group as lines of samples.jsonl: what was said, calls of tools included, and what it earned."""
+    return [
+        {
+            "prompt": tokenizer.decode(each.prompt, skip_special=True),
+            "rollout": "".join(stream_text(each.sample.tokens, tokenizer, show_tools=True)),
+            "finish_reason": each.sample.finish_reason,
+            "reward": each.reward,
+            "advantage": each.advantage,
+        }
+        for each in group
+    ]
+
+
+def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """The figures of a step's rollouts, under TRL's names."""
+    flat = [rollout for group in groups for rollout in group]
+    rewards = [[rollout.reward for rollout in group] for group in groups]
+    chosen = [p for r in flat for p, m in zip(r.sample.logprobs, r.sample.mask, strict=True) if m]
+    return {
+        metrics.REWARD: fmean(rollout.reward for rollout in flat),
+        metrics.REWARD_STD: stdev(rollout.reward for rollout in flat),
+        metrics.ZERO_STD: fmean(min(group) == max(group) for group in rewards),
+        metrics.MEAN_LENGTH: fmean(len(rollout.sample.tokens) for rollout in flat),
+        metrics.CLIPPED_RATIO: fmean(rollout.sample.finish_reason == "length" for rollout in flat),
+        # -log p of what was sampled is an unbiased estimate of the entropy where it was sampled.
+        metrics.ENTROPY: -fmean(chosen),
+    }
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, independent of those of all other numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of 0 .. count - 1 in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+def draw(count: int, seed: int, first: int, number: int) -> list[int]:
+    """Entries first .. first + number - 1 of the endless sequence of shuffled epochs, so that a step alone says its own.
+
+    >>> draw(4, 0, 0, 8) == shuffled(4, 0, 0) + shuffled(4, 0, 1)
+    True
+    """
+    epochs = {epoch: shuffled(count, seed, epoch) for epoch in range(first // count, (first + number - 1) // count + 1)}
+    return [epochs[i // count][i % count] for i in range(first, first + number)]

@@ -1,0 +1,235 @@
+"""The training loop of every stage. A stage brings the rows of each step and its own evaluation; the rest is here."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from edu.config import metrics
+from edu.config.metrics import progress
+from edu.config.stages import StageConfig
+from edu.evaluation.report import environment
+from edu.model.gpt import GPT
+from edu.training.accelerator import StopSignals, peak_flops
+from edu.training.checkpoint import Run
+from edu.training.optimizer import lr_factor, make_optimizer, whole
+from edu.training.step import StepResult, Term, fits, train_step
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one step trains on, on this process."""
+
+    updates: Iterable[Sequence[Term]]
+    """The terms of each update: one, except where RL uses its rollouts again."""
+    position: Any = None
+    """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Metrics of the data itself (rewards, lengths), complete after the last update."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a stage ended."""
+
+    step: int
+    finished: bool
+    """False if a signal ended it before its last step."""
+    results: dict[str, Any] = field(default_factory=dict)
+    """What eval.json holds, on the main process of a finished stage."""
+
+
+NextData = Callable[[int], StepData]
+Evaluate = Callable[[int, GPT], Mapping[str, float]]
+"""Figures of the model after a step, on the main process alone."""
+
+
+class Training:
+    """Model and optimizer of a stage, prepared by accelerate and brought to where its folder stands."""
+
+    def __init__(self, run: Run, model: GPT) -> None:
+        self.run, self.config, self.accelerator = run, run.config, run.accelerator
+        optimizer = make_optimizer(model, **optimizer_settings(run.config))
+        if run.config.compile:
+            model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step, self.tokens, self.positions = run.resume(self.model, self.optimizer)
+        self.saved = self.started = self.step
+        self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
+        self.row_length = getattr(run.config, "sequence_length", model.config.max_position_embeddings)
+        self.parts = 1
+        """In how many parts each micro-batch is computed: doubled where memory runs out."""
+
+    def fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+        """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
+        try:
+            finished = self._fit(next_data, evaluate, name)
+        except BaseException:
+            self.run.close()
+            raise
+        self._unwrap()
+        if not finished:
+            self.run.close()
+            self.accelerator.end_training()
+        return finished
+
+    def _fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+        """The loop.
+
+        1. Save where it is due, where an evaluation follows, which may fail, and where a signal asks to leave.
+        2. Evaluate where it is due, before the first step too. A signal breaks it off.
+        3. One step on the next data, one line of metrics.
+        """
+        config, run, position = self.config, self.run, None
+        trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
+        with StopSignals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
+            while True:
+                last = self.step == config.max_steps
+                evaluating, leaving = self.step % config.eval_every == 0 or last, self._any(stopped)
+                if self.step > self.saved and (self.step % config.save_every == 0 or evaluating or leaving):
+                    run.save(self.step, self.tokens, self.model, self.optimizer, position)
+                    self.saved = self.step
+                if evaluating and not leaving:
+                    self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
+                    leaving = self._any(stopped)
+                if leaving:
+                    self.accelerator.print(f"stopped after step {self.step}; the same command continues")
+                    return False
+                if last:
+                    return True
+                started = time.perf_counter()
+                data = next_data(self.step)
+                factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
+                self.optimizer.optimizer.set_lr(factor)
+                results = [self._update(terms) for terms in data.updates]
+                result = results[-1]
+                seconds, position = time.perf_counter() - started, data.position
+                self.step += 1
+                self.tokens += result.tokens
+                if not math.isfinite(sum(result.losses)):
+                    raise ValueError(
+                        f"step {self.step}: the loss is {result.losses[0]}; the last checkpoint is of step {self.saved}. "
+                        f"Lower --lr-scale ({config.lr_scale}) and give another --out"
+                    )
+                trained_seconds += seconds
+                flops = sum(result.positions for result in results) * self.sizes.flops_per_token(self.row_length)
+                figures = {
+                    metrics.LOSS: result.losses[0],
+                    metrics.GRAD_NORM: result.grad_norm,
+                    metrics.LEARNING_RATE: self.optimizer.param_groups[0]["lr"],
+                    metrics.TOKENS_PER_SECOND: result.tokens / seconds,
+                    metrics.MFU: flops / seconds / (self.peak * self.accelerator.num_processes),
+                    metrics.SECONDS: trained_seconds,
+                }
+                counts = {metrics.STEP_TOKENS: result.tokens, metrics.TOKENS: self.tokens}
+                run.log(self.step, figures | counts | data.figures)
+                telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
+                bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
+
+    def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
+        """Figures of the main process; a signal breaks them off, but never what all processes do together."""
+        with generating(self.accelerator, self.model) as model, stopped.breaking_off():
+            figures = evaluate(self.step, model) if self.accelerator.is_main_process else {}
+            self.run.log(self.step, figures)
+            shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
+            self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
+
+    def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
+        """Measure the finished model on the main process, and write down what it found."""
+        results: dict[str, Any] = {}
+        with generating(self.accelerator, self.model) as model:
+            if self.accelerator.is_main_process:
+                figures = measure(model)
+                results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
+        self.run.finish(results)
+        return Result(self.step, True, results)
+
+    def _unwrap(self) -> None:
+        """Let go of DDP while its process group stands.
+
+        A reducer that outlives the group destroys it, and waits with the GIL for gloo's thread, which may wait for the GIL.
+        """
+        self.model = self.accelerator.unwrap_model(self.model)
+        self.accelerator.free_memory()
+
+    def _update(self, terms: Sequence[Term]) -> StepResult:
+        """One step. Where memory runs out, the same in smaller micro-batches, and all later steps too.
+
+        Several processes have to learn of it together: they try their first two steps, the second with the optimizer's
+        state in memory. Later it is an error there.
+        """
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP  # nothing can be tried without the others
+        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2 and not sharded
+        while True:
+            split = [term.split(self.parts) for term in terms]
+            rows = max(len(batch.inputs) for term in split for batch in term.batches)
+            try:
+                if not trying or fits(self.accelerator, self.model, split):
+                    return train_step(self.accelerator, self.model, self.optimizer, split, self.config.clip)
+            except torch.OutOfMemoryError:
+                if self.accelerator.num_processes > 1:
+                    raise ValueError(
+                        f"step {self.step + 1}: out of memory with {rows} rows a forward pass. Give --micro-batch-size "
+                        f"{max(rows // 2, 1)}: the same command continues, and the update stays the same"
+                    ) from None
+            if self.config.micro_batch_size <= self.parts:
+                raise ValueError(
+                    f"step {self.step + 1}: out of memory with one row a forward pass; use a smaller model"
+                )
+            clear_device_cache()
+            self.parts *= 2
+            self.accelerator.print(f"out of memory: each micro-batch in {self.parts} parts, the update stays the same")
+
+    def _any(self, stopped: StopSignals) -> bool:
+        """Whether any process was told to stop, so that all leave together."""
+        if self.accelerator.num_processes == 1:
+            return bool(stopped)
+        return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
+
+
+@contextmanager
+def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
+    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
+
+    Of a sharded model, a whole copy on every process, in the precision that it is trained in.
+    """
+    unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
+    assert isinstance(unwrapped, GPT)
+    if isinstance(unwrapped, FSDPModule):
+        with torch.device("meta"):
+            copy = GPT(unwrapped.config)
+        sharding: Any = accelerator.state.fsdp_plugin
+        dtype = sharding.mixed_precision_policy.param_dtype
+        copy.load_state_dict({name: whole(p).to(dtype) for name, p in unwrapped.state_dict().items()}, assign=True)
+        yield copy.eval()
+    else:
+        unwrapped.eval()
+        yield unwrapped
+        unwrapped.train()
+
+
+def optimizer_settings(config: StageConfig) -> dict[str, float]:
+    """What make_optimizer takes, from a stage's settings."""
+    rates = {name: getattr(config, name) * config.lr_scale for name in ("matrix_lr", "embedding_lr", "head_lr")}
+    return rates | {"weight_decay": config.weight_decay}
+
+
+def split_rows(rows: Sequence[R], micro_batch_size: int, accelerator: Accelerator) -> list[list[R]]:
+    """This process's micro-batches of a step's rows: row i goes to process i mod world.
+
+    Every process gets as many micro-batches, the last ones short or empty: a collective step waits for all.
+    """
+    world = accelerator.num_processes
+    local = list(rows[accelerator.process_index :: world])
+    most = -(-len(rows) // world)
+    return [local[at : at + micro_batch_size] for at in range(0, max(most, 1), micro_batch_size)]
