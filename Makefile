@@ -9,7 +9,7 @@ READY := .venv/.installed-dev
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all quality style
+.PHONY: help setup test test-all quality style start grade hint ablate progress
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -37,3 +37,25 @@ quality: setup  ## check format, lint and types
 style: setup  ## format, and fix what lint can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+COURSE = .venv/bin/python -m course
+NEEDS_CHALLENGE = @test -n "$(CHALLENGE)" || { echo "error: say which chapter: make $@ CHALLENGE=5" >&2; exit 2; }
+
+start: setup  ## copy a chapter's start.py to my/, never over your file: make start CHALLENGE=5
+	$(NEEDS_CHALLENGE)
+	@$(COURSE) start $(CHALLENGE)
+
+grade: setup  ## run a chapter's laws on your file: make grade CHALLENGE=5 [MODULE=my/engine.py] [WATCH=--watch]
+	$(NEEDS_CHALLENGE)
+	@$(COURSE) grade $(CHALLENGE) $(if $(MODULE),--module $(MODULE)) $(WATCH)
+
+hint: setup  ## print a hint: make hint CHALLENGE=5 [HINT=2]
+	$(NEEDS_CHALLENGE)
+	@$(COURSE) hint $(CHALLENGE) $(HINT)
+
+ablate: setup  ## see what happens without it: make ablate CHALLENGE=5
+	$(NEEDS_CHALLENGE)
+	@$(COURSE) ablate $(CHALLENGE)
+
+progress: setup  ## ten bars: the share of laws that your files keep
+	@$(COURSE) progress

@@ -1,0 +1,150 @@
+"""The course: the reference and the plain solution keep every law; stubs, other files and known mistakes do not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from course import grading
+from course.grading import Chapter, Mutant, Refused, chapters, check, grade, load_module, mutated
+
+CHAPTERS = {chapter.number: chapter for chapter in chapters()}
+QUICK = 2  # mutants of each chapter in the quick suite
+
+
+def name_of(value: object) -> str:
+    return str(value.number) if isinstance(value, Chapter) else getattr(value, "what", str(value))
+
+
+def mutants() -> list:
+    return [
+        pytest.param(chapter, mutant, marks=() if i < QUICK else pytest.mark.slow, id=f"{chapter.number}-{mutant.what}")
+        for chapter in CHAPTERS.values()
+        for i, mutant in enumerate(chapter.mutants)
+    ]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_the_plain_solution_keeps_every_law(chapter: Chapter) -> None:
+    path = chapter.folder / "solution.py"
+    verdicts = check(chapter, load_module(path, chapter), path)
+    assert not [each for each in verdicts if each.problem]
+
+
+@pytest.mark.parametrize(("chapter", "mutant"), mutants())
+def test_a_known_mistake_fails_the_law_named_for_it_with_a_message(
+    chapter: Chapter, mutant: Mutant, tmp_path: Path
+) -> None:
+    path = tmp_path / "mutant.py"
+    path.write_text(mutated(chapter, mutant))
+    module = load_module(path, chapter)
+    verdicts = dict(zip(chapter.laws, check(chapter, module, path), strict=True))
+    verdict = verdicts[mutant.law]
+    assert verdict.problem, f"'{mutant.what}' survives its law; fails {[k for k, v in verdicts.items() if v.problem]}"
+    assert not verdict.crashed, f"'{mutant.what}' crashes the law: {verdict.problem}"
+    assert len(verdict.problem) > 30, "the message tells a learner what was seen and where to look"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_every_chapter_has_at_least_six_known_mistakes(chapter: Chapter) -> None:
+    assert len(chapter.mutants) >= 6
+    assert {mutant.law for mutant in chapter.mutants} <= set(chapter.laws)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_start_as_it_is_keeps_no_law(chapter: Chapter) -> None:
+    verdicts = grade(chapter, chapter.folder / "start.py")
+    assert all(verdict.problem == "not written yet" for verdict in verdicts), [v for v in verdicts if v.crashed][:3]
+
+
+def other_chapter(chapter: Chapter) -> Chapter:
+    numbers = list(CHAPTERS)
+    return CHAPTERS[numbers[numbers.index(chapter.number) - 1]]
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_a_file_of_another_chapter_and_an_empty_one_are_refused_with_a_reason(chapter: Chapter, tmp_path: Path) -> None:
+    empty, other = tmp_path / "empty.py", other_chapter(chapter)
+    empty.write_text("")
+    with pytest.raises(Refused, match="defines no"):
+        load_module(empty, chapter)
+    with pytest.raises(Refused):
+        load_module(other.folder / "solution.py", chapter)
+
+
+CHEATS = {
+    "imports edu": ("import edu.model.gpt\n", "answer is not graded"),
+    "imports the solution": ("from course.{folder}.solution import *\n", "answer is not graded"),
+    "ends the process": ("import os\nos._exit(0)\n", "ended the process"),
+    "raises": ("1 / 0\n", "ZeroDivisionError at cheat.py:1"),
+    "has a syntax error": ("def f(:\n", "not readable as Python"),
+    "exits": ("raise SystemExit(0)\n", "ended the process"),
+}
+
+
+@pytest.mark.parametrize("cheat", CHEATS)
+def test_what_is_not_ones_own_work_is_not_graded(cheat: str, tmp_path: Path) -> None:
+    chapter, (source, reason) = next(iter(CHAPTERS.values())), CHEATS[cheat]
+    path = tmp_path / "cheat.py"
+    path.write_text(source.format(folder=chapter.folder.name))
+    with pytest.raises(Refused, match=reason):
+        grade(chapter, path)
+
+
+def test_a_name_that_another_file_defines_is_refused(tmp_path: Path) -> None:
+    chapter = CHAPTERS[4]
+    path = tmp_path / "block.py"
+    loader = "import importlib\nsolution = importlib.import_module('course.ch04_block.solution')\nglobals().update(vars(solution))\n"
+    path.write_text(loader)
+    with pytest.raises(Refused, match="must be your own"):
+        load_module(path, chapter)
+
+
+def test_a_loop_without_an_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "loop.py"
+    path.write_text("while True:\n    pass\n")
+    monkeypatch.setattr(grading, "TIMEOUT", 5)
+    with pytest.raises(Refused, match="without an end"):
+        grade(CHAPTERS[4], path)
+
+
+def course(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a copy of the course, as a learner runs it."""
+    return subprocess.run([sys.executable, "-m", "course", *args], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_start_grade_hint_and_progress_from_the_command_line(tmp_path: Path) -> None:
+    shutil.copytree(grading.ROOT / "course", tmp_path / "course", ignore=shutil.ignore_patterns("__pycache__"))
+    started = course("start", "4", cwd=tmp_path)
+    mine = tmp_path / "my" / "block.py"
+    assert (started.returncode, mine.is_file()) == (0, True), started.stderr
+    assert "is there already" in course("start", "4", cwd=tmp_path).stdout
+    graded = course("grade", "4", cwd=tmp_path)
+    assert (graded.returncode, f"0 of {len(CHAPTERS[4].laws)} laws hold" in graded.stdout) == (1, True), graded.stdout
+    shutil.copyfile(CHAPTERS[4].folder / "solution.py", mine)
+    graded = course("grade", "4", cwd=tmp_path)
+    assert (graded.returncode, "FAIL" in graded.stdout) == (0, False), graded.stdout
+    assert "Hint 2 of 3" in course("hint", "4", "2", cwd=tmp_path).stdout
+    assert "#" * 20 in course("progress", cwd=tmp_path).stdout
+    wrong = course("grade", "99", cwd=tmp_path)
+    assert (wrong.returncode, "choose one of" in wrong.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_a_chapter_has_all_its_parts(chapter: Chapter) -> None:
+    readme = (chapter.folder / "README.md").read_text()
+    for part in (
+        "## Why it exists",
+        "## Picture",
+        "## Pitfalls",
+        "## Questions",
+        "## What happens without it",
+        "## Read on",
+    ):
+        assert part in readme, f"{chapter.folder.name}/README.md has no '{part}'"
+    assert readme.count("<details><summary>Hint") == 3
+    assert {"picture.py", "picture.png", "ablation.py", "ablation.png"} <= {
+        path.name for path in chapter.folder.iterdir()
+    }
