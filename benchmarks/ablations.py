@@ -65,25 +65,23 @@ def main() -> None:
     def from_top_k(engine: Engine, *rest: Any, **options: Any) -> Any:
         return roll_out(TopK(engine.model), *rest, **options)
 
-    def by_group(
-        self: rl.Reinforcement, step: int, rollouts: list[Rollout], figures: dict[str, float]
-    ) -> Iterator[Any]:
+    def by_group(self: rl.Reinforcement, step: int, rollouts: list[Rollout]) -> Iterator[Any]:
         """The mean over groups of the mean over a group's tokens: a micro-batch a problem, each divided by its own count."""
         K = self.config.samples
         groups = [rollouts[at : at + K] for at in range(0, len(rollouts), K)]
         total = sum(r.length for r in rollouts)
         scales = [total / (len(groups) * sum(r.length for r in group)) for group in groups]
         scaled = [replace(r, advantage=r.advantage * s) for group, s in zip(groups, scales, strict=True) for r in group]
-        return updates(self, step, scaled, figures)
+        return terms(self, step, scaled)
 
-    roll_out, updates = rl.roll_out, rl.Reinforcement.updates
+    roll_out, terms = rl.roll_out, rl.Reinforcement.terms
     whole: Any = Rollout.piece
     piece: Callable[[Rollout], Piece] = whole.fget
     undone: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "as it is": nullcontext,
         "stop token not trained": lambda: patch.object(Rollout, "piece", property(without_stop)),
         f"sampled from the top {args.top_k}": lambda: patch.object(rl, "roll_out", from_top_k),
-        "mean of means": lambda: patch.object(rl.Reinforcement, "updates", by_group),
+        "mean of means": lambda: patch.object(rl.Reinforcement, "terms", by_group),
     }
     shown = {
         "reward": metrics.REWARD,

@@ -164,10 +164,11 @@ def main() -> None:
             scored = patch.object(rollouts, "score", lambda sample, *_: reward(sample.tokens))
 
             def step(index: int) -> None:
-                data = steps.next_data(index)
-                for terms in data.updates:
-                    train_step(accelerator, model, optimizer, terms)
-                clock.rewards.append(data.figures["reward"])
+                measured = {}
+                for update in steps.updates(index):
+                    train_step(accelerator, model, optimizer, update.terms)
+                    measured |= update.metrics
+                clock.rewards.append(measured["reward"])
 
             without_tools = patch.object(rollouts, "calculator_tool", lambda _: None)
             with scored, without_tools, patch.object(rl, "roll_out", rolling):

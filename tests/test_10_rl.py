@@ -442,7 +442,7 @@ def test_the_normalisation_sets_n_and_the_share_of_a_token(
     scripted(monkeypatch, [True, False])
     steps = reinforcement(config, tokenizer, task)
     _, groups = steps.sample(step=0)
-    ((term,),) = steps.updates(0, [r for group in groups for r in group], {})
+    (((term,), _),) = steps.terms(0, [r for group in groups for r in group])
     assert (term.count, term.left_out) == (count, 8)
     weights = torch.cat([batch.weights.flatten() for batch in term.batches])
     share = 0.5 if normalization == "sequence" else 1.0
@@ -468,7 +468,7 @@ def test_the_parts_of_two_processes_add_up_to_the_step_of_one(
             process_index=process, num_processes=world, unwrap_model=accelerator.unwrap_model, device="cpu"
         )
         steps = replace(steps, accelerator=parallel)  # type: ignore[arg-type]
-        ((found,),) = steps.updates(0, [r for group in steps.sample(0)[1] for r in group], {})
+        (((found,), _),) = steps.terms(0, [r for group in steps.sample(0)[1] for r in group])
         return found
 
     def trained(*terms: Term) -> list[tuple[int, float]]:
@@ -491,9 +491,8 @@ def test_later_updates_on_the_same_rollouts_are_clipped(
     scripted(monkeypatch, [True])
     steps = reinforcement(config, tokenizer, task)
     _, groups = steps.sample(step=0)
-    figures: dict[str, float] = {}
     seen = []
-    for (term,) in steps.updates(0, [r for group in groups for r in group], figures):
+    for (term,), figures in steps.terms(0, [r for group in groups for r in group]):
         weights = torch.cat([batch.weights.flatten() for batch in term.batches])
         seen.append((set(weights[weights != 0].tolist()), figures["clip_ratio/region_mean"]))
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Pretraining: predict the next token of every document. From shards and a tokenizer to a base model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from edu.inference.engine import Engine
 from edu.model.gpt import GPT, GPTConfig
 from edu.training.accelerator import compute_init, peak_memory
 from edu.training.checkpoint import Run
-from edu.training.loop import Result, StepData, Training
+from edu.training.loop import Result, Training, Update
 from edu.training.step import Term
 
 NGRAM_TOKENS = 20_000_000
@@ -78,6 +79,43 @@ def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
     return {"flops": flops, "seconds": seconds, "memory_gib": memory, "memory_kb_per_token": kilobytes}
 
 
+class Documents:
+    """This process's endless batches of documents, and their position, which a checkpoint keeps."""
+
+    def __init__(
+        self, config: PretrainConfig, shards: Sequence[Path], tokenizer: Tokenizer, rank: int, world_size: int
+    ) -> None:
+        micro, _ = rows_per_pass(config, world_size)
+        self._open = partial(
+            stream_batches,
+            shards,
+            tokenizer,
+            micro,
+            config.sequence_length,
+            rank,
+            world_size,
+            on_bad=config.on_bad_shard,
+        )
+        self._state: LoaderState | None = None
+        self._batches: Iterator[tuple[Batch, LoaderState]] | None = None
+
+    def take(self, count: int) -> list[Batch]:
+        """Return the next `count` batches."""
+        if self._batches is None:
+            self._batches = self._open(state=self._state)
+        taken = list(islice(self._batches, count))
+        self._state = taken[-1][1]
+        return [batch for batch, _ in taken]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position behind the last batch taken; {} before the first one."""
+        return {} if self._state is None else self._state.to_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        self._state = LoaderState.from_dict(state_dict)
+
+
 def train(config: PretrainConfig) -> Result:
     """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
@@ -89,21 +127,12 @@ def train(config: PretrainConfig) -> Result:
     trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
     run = Run(config, "base", accelerator, tokenizer, trained_on)
     memory = peak_memory(accelerator.device.type)
-    training = Training(run, make_model(config, tokenizer))
-    if training.positions and len(training.positions) != world:
-        run.close()
-        raise ValueError(
-            f"{config.out} was trained by {len(training.positions)} processes: resume with as many, not {world}"
-        )
+    stream = Documents(config, shards, tokenizer, rank, world)
+    training = Training(run, make_model(config, tokenizer), stream)
     expected = announce(config, training)
-    state = LoaderState.from_dict(training.positions[rank]) if training.positions else None
-    stream = stream_batches(
-        shards, tokenizer, micro, config.sequence_length, rank, world, state, on_bad=config.on_bad_shard
-    )
 
-    def next_data(_: int) -> StepData:
-        taken = list(islice(stream, passes))
-        return StepData([[Term([batch for batch, _ in taken])]], taken[-1][1].to_dict())
+    def updates(_: int) -> Iterator[Update]:
+        yield Update([Term(stream.take(passes))])
 
     def validation(times: int) -> Iterator[Batch]:
         """So many times the held-out rows of an evaluation."""
@@ -114,7 +143,7 @@ def train(config: PretrainConfig) -> Result:
         run.show(step, show_continuations(Engine(model), tokenizer, config.sample_prompts, 48))
         return {BPB: bits_per_byte(model, validation(1), tokenizer.token_bytes())}
 
-    if not training.fit(next_data, evaluate, "pretraining"):
+    if not training.fit(updates, evaluate, "pretraining"):
         return Result(training.step, finished=False)
 
     def measure(model: GPT) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from edu.stages.rollouts import (
 from edu.tasks import Rewarded, Subset, Task, load
 from edu.training.accelerator import compute_init
 from edu.training.checkpoint import Run, load_model, load_tokenizer
-from edu.training.loop import Result, StepData, Training, generating, split_rows
+from edu.training.loop import Result, Training, Update, generating, split_rows
 from edu.training.step import Term
 
 ROUNDS = 4
@@ -94,7 +94,7 @@ def train(config: RLConfig) -> Result:
             )
         return {metrics.PASS_AT_1: passes[0], metrics.PASS_AT_K: passes[-1]}
 
-    if not training.fit(steps.next_data, evaluate, "reinforcing"):
+    if not training.fit(steps.updates, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
     return training.finish(lambda model: measure_chat(Engine(model), tokenizer, config, measures))
 
@@ -120,13 +120,14 @@ class Reinforcement:
     context: int
     """Tokens of a row."""
 
-    def next_data(self, step: int) -> StepData:
-        """Sample, and hand over what to train on."""
+    def updates(self, step: int) -> Iterator[Update]:
+        """Sample, and yield the updates on what was sampled."""
         sampled, kept = self.sample(step)
         if step % self.config.eval_every == 0:
             self.run.show(step, [row for group in sampled[:1] for row in show_group(group, self.tokenizer)])
-        figures = summarise(gather_object(sampled))
-        return StepData(self.updates(step, [r for group in kept for r in group], figures), figures=figures)
+        of_rollouts = summarise(gather_object(sampled))
+        for terms, of_update in self.terms(step, [r for group in kept for r in group]):
+            yield Update(terms, of_rollouts | of_update)
 
     def sample(self, step: int) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
         """This process's groups of a step: all that were sampled, and those to train on.
@@ -158,8 +159,8 @@ class Reinforcement:
         kept = set(telling[:size]) if config.dynamic_sampling else sampled.keys()
         return list(sampled.values()), [group for i, group in sampled.items() if i in kept]
 
-    def updates(self, step: int, rollouts: list[Rollout], figures: dict[str, float]) -> Iterator[list[Term]]:
-        """The terms of each update on a step's rollouts, the same rows with new weights."""
+    def terms(self, step: int, rollouts: list[Rollout]) -> Iterator[tuple[list[Term], dict[str, float]]]:
+        """Yield the loss terms of each update on a step's rollouts, the same rows with new weights, and their metrics."""
         config, T, pad, size = self.config, self.context, self.tokenizer.pad, self.config.micro_batch_size
         lengths = [r.length for r in rollouts]
         # Without advantage there is no gradient but the KL's: such rollouts count in N, and are not computed.
@@ -173,23 +174,24 @@ class Reinforcement:
             again = self.replay.rows(step * config.replay_rows, config.replay_rows)
             micro = split_rows(again, size, self.accelerator)
             others.append(Term(batches_of(micro, T, pad), config.replay_weight))
-        for weights in self.weights(useful, sum(lengths), figures):
+        for weights, figures in self.weights(useful, sum(lengths)):
             pieces = [
                 replace(r.piece, weight=weight * token_share(r.length, config.normalization))
                 for r, weight in zip(useful, weights, strict=True)
             ]
-            yield [Term([assemble(part, pieces, pad) for part in parts], left_out=left_out, count=count), *others]
+            batches = [assemble(part, pieces, pad) for part in parts]
+            yield [Term(batches, left_out=left_out, count=count), *others], figures
 
     def weights(
-        self, rollouts: list[Rollout], tokens: int, figures: dict[str, float]
-    ) -> Iterator[list[float] | list[np.ndarray]]:
+        self, rollouts: list[Rollout], tokens: int
+    ) -> Iterator[tuple[list[float] | list[np.ndarray], dict[str, float]]]:
         """What each rollout's tokens weigh in each update: its advantage, while the policy is the one that sampled.
 
         Later updates, and a KL, need the log-probabilities of three policies: one pass without gradients for each.
         """
         config = self.config
         if config.epochs == 1 and self.reference is None:
-            yield [r.advantage for r in rollouts]
+            yield [r.advantage for r in rollouts], {}
             return
         pieces = [r.piece for r in rollouts]
         size, totals = (self.context, config.micro_batch_size), np.zeros(3)  # clipped, KL and all tokens so far
@@ -207,7 +209,7 @@ class Reinforcement:
             ]
             totals += [sum(f.clipped.sum() for f in found), sum(f.kl.sum() for f in found), tokens]
             clipped, kl, counted = np.sum(gather_object([totals]), axis=0)
-            figures[metrics.CLIP_RATIO] = float(clipped / max(counted, 1))
+            figures = {metrics.CLIP_RATIO: float(clipped / max(counted, 1))}
             if self.reference is not None:
                 figures[metrics.KL] = float(kl / max(counted, 1))
-            yield [f.weights for f in found]
+            yield [f.weights for f in found], figures

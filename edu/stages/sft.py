@@ -1,6 +1,6 @@
 """Supervised fine-tuning: learn to answer. From a base model and conversations to a chat model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from edu.chat.sft_data import Epochs, batches_of, load_sft_data
 from edu.config.metrics import VAL_LOSS
@@ -11,7 +11,7 @@ from edu.inference.engine import Engine
 from edu.model.gpt import GPT
 from edu.training.accelerator import compute_init
 from edu.training.checkpoint import Run, load_model, load_tokenizer
-from edu.training.loop import Result, StepData, Training, split_rows
+from edu.training.loop import Result, Training, Update, split_rows
 from edu.training.step import Term
 
 VAL_ROWS = 256
@@ -34,16 +34,16 @@ def train(config: SFTConfig) -> Result:
         raise ValueError(f"--sequence-length {T}: {config.model} has a context of {context}")
     training = Training(run, model)
 
-    def next_data(step: int) -> StepData:
+    def updates(step: int) -> Iterator[Update]:
         rows = epochs.rows(step * config.batch_size, config.batch_size)
         micro = split_rows(rows, config.micro_batch_size, accelerator)
-        return StepData([[Term(batches_of(micro, T, tokenizer.pad))]])
+        yield Update([Term(batches_of(micro, T, tokenizer.pad))])
 
     def evaluate(step: int, model: GPT) -> Mapping[str, float]:
         run.show(step, show_answers(Engine(model), tokenizer, config.sample_prompts, config.max_new_tokens))
         micro = [held_out[at : at + config.micro_batch_size] for at in range(0, len(held_out), config.micro_batch_size)]
         return {VAL_LOSS: mean_loss(model, batches_of(micro, T, tokenizer.pad))} if held_out else {}
 
-    if not training.fit(next_data, evaluate, "fine-tuning"):
+    if not training.fit(updates, evaluate, "fine-tuning"):
         return Result(training.step, finished=False)
     return training.finish(lambda model: measure_chat(Engine(model), tokenizer, config, measures))

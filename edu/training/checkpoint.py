@@ -110,16 +110,22 @@ class Run:
             own = {"trackio": name | {"resume": "allow" if checkpoints(self.folder) else "never"}}
             accelerator.init_trackers("edu", settings, own | {"wandb": name | {"dir": str(self.folder)}})
 
-    def resume(self, model: nn.Module, optimizer: MuonAdamW) -> tuple[int, int, list[Any]]:
-        """Load the newest intact checkpoint: (its step, tokens trained on, data state of each rank), or (0, 0, []).
+    def resume(self, model: nn.Module, optimizer: MuonAdamW, stream: Any = None) -> tuple[int, int]:
+        """Load the newest intact checkpoint; return its step and the tokens trained on, or (0, 0) without one.
 
         What a kill left half done is put right: damaged and temporary checkpoints go, the folder's links are renewed.
         """
         newest = newest_intact(self.folder)
-        step, tokens, data = 0, 0, []
+        step, tokens = 0, 0
         if newest is not None:
             state = json.loads((newest / "state" / "trainer.json").read_text())
-            step, tokens, data = state["step"], state["tokens"], state["data"]
+            step, tokens, positions = state["step"], state["tokens"], state["data"]
+            if stream is not None:
+                if len(positions) != (world := self.accelerator.num_processes):
+                    self.close()
+                    was = f"{self.folder} was trained by {len(positions)} processes"
+                    raise ValueError(f"{was}: resume with as many, not {world}")
+                stream.load_state_dict(positions[self.accelerator.process_index])
             inner, weights = self.accelerator.unwrap_model(model), GPT.from_pretrained(newest).state_dict()
             inner.load_state_dict({name: sharded_as(weights[name], p) for name, p in inner.state_dict().items()})
             path = newest / "state" / "optimizer.pt"
@@ -140,7 +146,7 @@ class Run:
             # An evaluation follows its checkpoint and is done again; the steps up to the checkpoint stay as they are.
             self.metrics.keep(lambda row: row[STEP] < step or (row[STEP] == step and LOSS in row))
             self.samples.keep(lambda row: row[STEP] < step)
-        return step, tokens, data
+        return step, tokens
 
     def seconds(self) -> float:
         """Seconds of training that the metrics hold already."""
@@ -159,14 +165,14 @@ class Run:
             for row in rows:
                 self.samples.write(step, row)
 
-    def save(self, step: int, tokens: int, model: nn.Module, optimizer: MuonAdamW, data: Any = None) -> None:
+    def save(self, step: int, tokens: int, model: nn.Module, optimizer: MuonAdamW, stream: Any = None) -> None:
         """Write checkpoint-<step> under a temporary name, sync, rename; refresh the stage's folder; prune.
 
-        `data` is this process's position in the data, as JSON. All processes must call this.
+        Each process's position in `stream` is gathered. All processes must call this.
         """
         from accelerate.utils import gather_object
 
-        positions = gather_object([data])
+        positions = gather_object([None if stream is None else stream.state_dict()])
         weights, learning = self.accelerator.get_state_dict(model), optimizer.state_dict()
         target = self.folder / f"checkpoint-{step}"
         if self.accelerator.is_main_process:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -27,15 +27,25 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class StepData:
-    """What one step trains on, on this process."""
+class Update:
+    """The data of one optimizer update on this process, complete when it is handed over."""
 
-    updates: Iterable[Sequence[Term]]
-    """The terms of each update: one, except where RL uses its rollouts again."""
-    position: Any = None
-    """Where the data stands after this step, as JSON: what a checkpoint of it holds."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Metrics of the data itself (rewards, lengths), complete after the last update."""
+    terms: Sequence[Term]
+    """The terms of its loss."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the data (rewards, lengths) for the step's row; those of a later update of the step win."""
+
+
+class Stream(Protocol):
+    """A position in the data that a checkpoint keeps, as JSON, for each process; torch's `Stateful` protocol."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position behind the last update handed out."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ class Result:
     """What eval.json holds, on the main process of a finished stage."""
 
 
-NextData = Callable[[int], StepData]
+Updates = Callable[[int], Iterable[Update]]
+"""Yield the updates of a step: one, or several on the same rollouts in RL. Each is made after the one before was applied."""
 Evaluate = Callable[[int, GPT], Mapping[str, float]]
 """Figures of the model after a step, on the main process alone."""
 
@@ -57,23 +68,24 @@ Evaluate = Callable[[int, GPT], Mapping[str, float]]
 class Training:
     """Model and optimizer of a stage, prepared by accelerate and brought to where its folder stands."""
 
-    def __init__(self, run: Run, model: GPT) -> None:
-        self.run, self.config, self.accelerator = run, run.config, run.accelerator
+    def __init__(self, run: Run, model: GPT, stream: Stream | None = None) -> None:
+        """Load the newest checkpoint, if there is one, into model, optimizer and `stream`, the data's position."""
+        self.run, self.config, self.accelerator, self.stream = run, run.config, run.accelerator, stream
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.tokens, self.positions = run.resume(self.model, self.optimizer)
+        self.step, self.tokens = run.resume(self.model, self.optimizer, stream)
         self.saved = self.started = self.step
         self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
         self.row_length = getattr(run.config, "sequence_length", model.config.max_position_embeddings)
         self.parts = 1
         """In how many parts each micro-batch is computed: doubled where memory runs out."""
 
-    def fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+    def fit(self, updates: Updates, evaluate: Evaluate, name: str) -> bool:
         """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
         try:
-            finished = self._fit(next_data, evaluate, name)
+            finished = self._fit(updates, evaluate, name)
         except BaseException:
             self.run.close()
             raise
@@ -83,21 +95,21 @@ class Training:
             self.accelerator.end_training()
         return finished
 
-    def _fit(self, next_data: NextData, evaluate: Evaluate, name: str) -> bool:
+    def _fit(self, updates: Updates, evaluate: Evaluate, name: str) -> bool:
         """The loop.
 
         1. Save where it is due, where an evaluation follows, which may fail, and where a signal asks to leave.
         2. Evaluate where it is due, before the first step too. A signal breaks it off.
         3. One step on the next data, one line of metrics.
         """
-        config, run, position = self.config, self.run, None
+        config, run = self.config, self.run
         trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
         with StopSignals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
             while True:
                 last = self.step == config.max_steps
                 evaluating, leaving = self.step % config.eval_every == 0 or last, self._any(stopped)
                 if self.step > self.saved and (self.step % config.save_every == 0 or evaluating or leaving):
-                    run.save(self.step, self.tokens, self.model, self.optimizer, position)
+                    run.save(self.step, self.tokens, self.model, self.optimizer, self.stream)
                     self.saved = self.step
                 if evaluating and not leaving:
                     self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
@@ -108,12 +120,14 @@ class Training:
                 if last:
                     return True
                 started = time.perf_counter()
-                data = next_data(self.step)
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
-                results = [self._update(terms) for terms in data.updates]
+                results, measured = list[StepResult](), dict[str, float]()
+                for update in updates(self.step):
+                    results.append(self._update(update.terms))
+                    measured |= update.metrics
                 result = results[-1]
-                seconds, position = time.perf_counter() - started, data.position
+                seconds = time.perf_counter() - started
                 self.step += 1
                 self.tokens += result.tokens
                 if not math.isfinite(sum(result.losses)):
@@ -132,9 +146,9 @@ class Training:
                     metrics.SECONDS: trained_seconds,
                 }
                 counts = {metrics.STEP_TOKENS: result.tokens, metrics.TOKENS: self.tokens}
-                run.log(self.step, figures | counts | data.figures)
-                telling = metrics.REWARD if metrics.REWARD in data.figures else metrics.LOSS
-                bar.advance(1, tokens=result.tokens, **{telling: (figures | data.figures)[telling]})
+                run.log(self.step, figures | counts | measured)
+                telling = metrics.REWARD if metrics.REWARD in measured else metrics.LOSS
+                bar.advance(1, tokens=result.tokens, **{telling: (figures | measured)[telling]})
 
     def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
         """Figures of the main process; a signal breaks them off, but never what all processes do together."""
