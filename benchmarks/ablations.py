@@ -42,6 +42,7 @@ def main() -> None:
 
     from edu.config import metrics
     from edu.config.stages import RLConfig
+    from edu.data.metrics_log import read_metrics
     from edu.data.packing import Piece
     from edu.inference.engine import Engine
     from edu.stages import rl
@@ -102,7 +103,7 @@ def main() -> None:
         if not (config.out / "eval.json").is_file():
             with undo():
                 rl.train(config)
-        rows = metrics.read_metrics(config.out / "metrics.jsonl")
+        rows = read_metrics(config.out / "metrics.jsonl")
         for label, metric in shown.items():
             steps = {row["step"]: row[metric] for row in rows if metric in row}
             means = [fmean(steps[i] for i in range(end - args.block + 1, end + 1)) for end in ends]

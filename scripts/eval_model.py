@@ -103,7 +103,7 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
 
 def main() -> None:
     args = parse(Args)
-    from edu.config.metrics import measures
+    from edu.evaluation.estimates import measures
     from edu.evaluation.evals import compare_records, read_records, save
 
     earlier = read_records(args.against) if args.against else {}

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from edu.config.metrics import read_metrics
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, StageConfig
+from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.stages import pretrain, rl, rollouts, sft
 

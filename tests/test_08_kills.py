@@ -19,8 +19,8 @@ import pytest
 import torch
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 
-from edu.config.metrics import read_metrics
 from edu.config.stages import StageConfig
+from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.stages import rollouts
 from edu.training.checkpoint import checkpoints

@@ -19,8 +19,8 @@ from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
 
-from edu.config.metrics import read_metrics
 from edu.config.stages import SFTConfig, StageConfig, as_settings
+from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.model.gpt import GPT
 from edu.stages import pretrain, rl, rollouts

@@ -18,8 +18,9 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from edu.config.stages import PretrainConfig, RLConfig, as_settings
+from edu.data.hub_files import EVAL_RESULTS
 from edu.data.tokenizer import Tokenizer
-from edu.hub.push import EVAL_RESULTS, Card, push, write_card
+from edu.hub.push import Card, push, write_card
 from edu.model.gpt import GPT, GPTConfig
 from edu.stages import pretrain
 from edu.training.checkpoint import load_model, load_tokenizer
@@ -224,7 +225,7 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     hub.add("datasets/you/secret", files, private=True)
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from edu.hub.push import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
+        "from edu.data.hub_files import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
         "task = GSM8K('train'); print(len(task), task.get_example(0)['answer'], model_folder('me/tiny').parent.parent)"
     )
     refused = run(hub, tmp_path, "-c", f"{code}; list(hub_rows('you/secret', None, 'train'))")

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from edu.config import metrics
-from edu.config.metrics import DEFINITIONS, LOSS, MetricsLog, measures, progress, read_metrics
+from edu.config.metrics import DEFINITIONS, LOSS
+from edu.config.terminal import progress
+from edu.data.metrics_log import MetricsLog, read_metrics
+from edu.evaluation.estimates import measures
 
 
 def steps(path: Path) -> list[int]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from edu.evaluation.report import environment, read_stage, sections, write_report
+from edu.evaluation.report import read_stage, sections, write_report
+from edu.training.environment import environment
 
 
 def jsonl(rows: list[dict[str, Any]]) -> str:
@@ -34,7 +35,12 @@ def run(tmp_path: Path) -> Path:
     evaluations = {
         "base": {"stage": "base", "seconds": 190, "bpb": {"model": 0.31, "unigram": 2.4, "bigram": 1.4}},
         "sft": {"stage": "sft", "seconds": 30, "math": {"greedy": interval(0.45), "sampled": {"pass@1": 0.28}}},
-        "rl": {"stage": "rl", "seconds": 150, "math": {"greedy": interval(0.82), "sampled": {"pass@1": 0.74}}},
+        "rl": {
+            "stage": "rl",
+            "seconds": 150,
+            "math": {"greedy": interval(0.82), "sampled": {"pass@1": 0.74}},
+            "environment": {"transformers": "5.24.0"},
+        },
     }
     for stage in rows:
         (folder / stage).mkdir(parents=True)

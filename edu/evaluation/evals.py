@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edu.chat.chat_format import Message, calculator_tool, check_messages, render_prompt, stream_text
-from edu.config.metrics import progress
+from edu.config.terminal import progress
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.bits_per_byte import sum_bits, text_nats
 from edu.evaluation.statistics import Comparison, bootstrap_over_problems, compare, pass_at_k, wilson

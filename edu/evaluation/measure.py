@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from edu.chat.chat_format import stream_text
-from edu.config.metrics import measures as figures_of
 from edu.config.stages import ChatConfig
 from edu.data.packing import IGNORE, Batch
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals
+from edu.evaluation.estimates import measures as figures_of
 from edu.evaluation.evals import Evaluation
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT

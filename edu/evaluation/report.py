@@ -8,26 +8,23 @@
 """
 
 import json
-import os
-import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from edu.config import metrics
-from edu.config.metrics import LOSS, REWARD, Measure, duration, is_detail, measures, read_metrics
+from edu.config.metrics import LOSS, REWARD
+from edu.config.terminal import duration
+from edu.data.metrics_log import read_metrics
+from edu.evaluation.estimates import Measure, is_detail, measures
 from edu.evaluation.page import Block, Chat, Facts, Plot, Section, Table, plot, to_html, to_markdown
 
 TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy")
 
 
 @dataclass
@@ -56,38 +53,6 @@ class Stage:
         """The stage's time: as its evaluation says, else as its last step says."""
         told = self.evaluation.get(metrics.SECONDS)
         return float(told) if isinstance(told, int | float) else self.last(metrics.SECONDS)
-
-
-def environment() -> dict[str, str]:
-    """The machine and the versions that a run's figures depend on, by name."""
-    found = {"Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found |= {"CPU": _cpu_name(), "cores": str(cores)}
-    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    gpus = _output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    return found | {"GPU": ", ".join(gpus) or "none", "platform": platform.platform()}
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    told = match.group(1).strip() if match else _output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    return told or platform.processor() or platform.machine()
-
-
-def _output_of(*command: str) -> str:
-    if not shutil.which(command[0]):
-        return ""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def read_stage(folder: Path) -> Stage:
@@ -236,10 +201,9 @@ def sections(run: Path) -> list[Section]:
     chats = [(stage.name, _chats(stage)) for stage in stages]
     result += [Section(f"{TITLES[name]}: samples before and after", found) for name, found in chats if found]
     recorded = [found for stage in stages if isinstance(found := stage.evaluation.get("environment"), dict)]
-    machine = {str(name): _text(value) for name, value in (recorded[-1] if recorded else environment()).items()}
-    result.append(
-        Section("Environment", [Table(["of the run" if recorded else "of this report", ""], list(machine.items()))])
-    )
+    machine = [[str(name), _text(value)] for name, value in (recorded[-1] if recorded else {}).items()]
+    if machine:
+        result.append(Section("Environment", [Table(["of the run", ""], machine)]))
     for stage in stages:
         if stage.settings:
             rows = [[name, _text(value)] for name, value in stage.settings.items()]

@@ -1,33 +1,18 @@
-"""The Hub: the model card beside every checkpoint, the push of a checkpoint, and models fetched by their id. No torch."""
+"""The Hub: the model card beside every checkpoint, and the push of a checkpoint. No torch."""
 
 import json
 import math
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-from edu.config.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS, is_detail, measures
+from edu.config.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS
 from edu.data.atomic_io import write_text
-
-EVAL_RESULTS = ".eval_results/gsm8k.yaml"
-HUGGING_FACE_FILES = (
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    EVAL_RESULTS,
-)
-"""What a checkpoint's repository holds, as glob patterns: never `state/`, older checkpoints or samples."""
+from edu.data.hub_files import EVAL_RESULTS, HUGGING_FACE_FILES, check_token, hub_errors, is_hub_id
+from edu.evaluation.estimates import is_detail, measures
 
 _HERE = "path/to/this/folder"  # stands for the model's name in a card that is not pushed
 _WORDS = {
@@ -69,16 +54,6 @@ class Card:
     """Rows of metrics.jsonl."""
     figures: Mapping[str, Any] = field(default_factory=dict)
     """What was measured at the end: the tree of eval.json."""
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name can only be that of something on the Hub: `name` or `user/name`, and no such file here.
-
-    >>> is_hub_id("openai/gsm8k"), is_hub_id("runs/tiny/sft"), is_hub_id("runs/never"), is_hub_id("./model")
-    (True, False, False, False)
-    """
-    named = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
-    return named and not name.startswith("runs/") and not Path(name).exists()
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -194,68 +169,6 @@ def _write_eval_results(path: Path, card: Card) -> None:
     entry = EvalResultEntry(dataset_id="openai/gsm8k", task_id="gsm8k", value=value, date=today, notes=notes)
     path.parent.mkdir(exist_ok=True)
     write_text(path, safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
-
-
-@contextmanager
-def hub_errors(what: str, may: str) -> Iterator[None]:
-    """What the Hub and its client raise, as one line: ValueError where the user must act, ConnectionError where time may help.
-
-    `what` names the flag and its value, `may` what the token has to allow: read or write.
-    """
-    from httpx2 import TransportError
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        yield
-    except HFValidationError as error:
-        raise ValueError(f"{what}: {error}") from error
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"{what}: not in the cache, and the Hub cannot be reached") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        said = f"{what}: the Hub answered {status} ({error.server_message or error.response.reason_phrase})"
-        if status in (401, 403, 404):
-            login = f"run `hf auth login` with a token that may {may} it, or set HF_TOKEN"
-            raise ValueError(f"{said}; check the name, or {login}") from error
-        raise ConnectionError(f"{said}; try again later") from error
-    except (TransportError, RuntimeError, ConnectionError) as error:  # the last two: a file's upload failed for good
-        why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
-        raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
-
-
-def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Path:
-    """The folder with a checkpoint of this architecture: `name` itself, or where the cache holds the files of that Hub id.
-
-    What is not in the cache yet is downloaded. Raises ValueError where there is no such checkpoint, ConnectionError where the
-    Hub cannot be reached.
-    """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(name)
-    if is_hub_id(name):
-        with hub_errors(f"--model {name}", may="read"):
-            folder = Path(snapshot_download(name, allow_patterns=list(patterns)))
-    elif not folder.is_dir():
-        raise ValueError(f"--model {name}: no such folder; run the stage that makes it first, or ./my_pipeline.sh")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model {name}: no config.json in it, so it holds no checkpoint")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind != "nanochat":
-        raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
-    return folder
-
-
-def check_token() -> None:
-    """ValueError if a push could not work, whatever the Hub says."""
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise ValueError("HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
-    if get_token() is None:
-        raise ValueError("no Hugging Face token: run `hf auth login`, or set HF_TOKEN to a token that may write")
 
 
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:

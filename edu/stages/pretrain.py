@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from edu.config.metrics import BPB, duration
+from edu.config.metrics import BPB
 from edu.config.stages import PretrainConfig
+from edu.config.terminal import duration
 from edu.data.loader import LoaderState, stream_batches, validation_batches
 from edu.data.packing import Batch
 from edu.data.shards import list_shards, read_manifest

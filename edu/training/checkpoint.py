@@ -22,11 +22,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
-from edu.config.metrics import LOSS, SECONDS, STEP, MetricsLog, read_metrics
+from edu.config.metrics import LOSS, SECONDS, STEP
 from edu.config.stages import StageConfig, as_settings
 from edu.data.atomic_io import sync, write_text
+from edu.data.hub_files import check_token, model_folder
+from edu.data.metrics_log import MetricsLog, read_metrics
 from edu.data.tokenizer import Tokenizer
-from edu.hub.push import Card, check_token, model_folder, push, write_card
+from edu.hub.push import Card, push, write_card
 from edu.model.gpt import GPT
 from edu.training.accelerator import describe
 from edu.training.optimizer import MuonAdamW, sharded_as

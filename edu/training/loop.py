@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from edu.config import metrics
-from edu.config.metrics import progress
 from edu.config.stages import StageConfig
-from edu.evaluation.report import environment
+from edu.config.terminal import progress
 from edu.model.gpt import GPT
 from edu.training.accelerator import StopSignals, peak_flops
 from edu.training.checkpoint import Run
+from edu.training.environment import environment
 from edu.training.optimizer import lr_factor, make_optimizer, whole
 from edu.training.step import StepResult, Term, fits, train_step
 
