@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from edu.chat.calculator import calculate
 from edu.chat.chat_format import parse_completion, render, stream_text
+from edu.chat.sft_data import conversation
+from edu.data.rows import read_rows
 from edu.data.tokenizer import Tokenizer
-from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, read_rows, score
+from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, score
 from edu.tasks.choice import Choice
-from edu.tasks.gsm8k import GSM8K, conversation, extract_answer, flatten, normalise
+from edu.tasks.gsm8k import GSM8K, extract_answer, normalise
 from edu.tasks.mixture import Mixture
 
 SOLUTION = "Half of 48 is 48/2=<<48/2=24>>24 clips.\nTogether 48+24=<<48+24=72>>72 clips.\n#### 72"
@@ -27,6 +29,19 @@ ROW = {
     "template": "clips",
     "steps": 2,
 }
+
+
+def flatten(messages: list[dict[str, Any]]) -> str:
+    """The inverse of `conversation`: the assistant's and the tool's messages as one annotated answer."""
+    parts: list[str] = []
+    for message in messages:
+        if message["role"] == "tool":
+            parts.append(f"={message['content']}>>")
+        elif message["role"] == "assistant":
+            parts.append(message["content"])
+            parts += [f"<<{call['function']['arguments']['expression']}" for call in message.get("tool_calls", ())]
+    return "".join(parts)
+
 
 # What a completion says after its reasoning: for a ground truth of 10, all these are right ...
 RIGHT_10 = "|".join(
@@ -235,7 +250,9 @@ def test_examples_hold_question_answer_and_the_rows_other_fields(task: GSM8K) ->
         ('{"question": " ", "answer": "#### 1"}', "row 1: field 'question' is missing or is not text"),
         ('{"question": "a", "answer": "72"}', "row 1: field 'answer' does not end in a line '#### <number>'"),
         ('{"question": "a", "answer": "#### ten"}', "row 1: field 'answer' does not end"),
-        ('{"question": "\udcff", "answer": "#### 1"}', "row 1: not valid JSON"),
+        ('{"question": "\udcff", "answer": "#### 1"}', "row 1: not UTF-8"),
+        ('{"question": "\\ud800", "answer": "#### 1"}', "row 1: not valid JSON"),
+        ("[" * 100_000, "row 1: not valid JSON"),
     ],
 )
 def test_bad_data_is_an_error_that_names_file_and_row(tmp_path: Path, content: str, message: str) -> None:
@@ -440,3 +457,24 @@ def test_rows_are_read_with_their_places(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}')
     assert list(read_rows(path)) == [(f"{path}, row 1", {"a": 1}), (f"{path}, row 3", {"a": 2})]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_rows_in_another_encoding_are_refused_by_file_and_cure(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"question": "caf\u00e9"}\n', encoding=encoding)
+    with pytest.raises(ValueError, match=r"mine\.jsonl.*UTF-8"):
+        list(read_rows(path))
+
+
+def test_a_byte_order_mark_of_utf8_is_no_content(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"a": 1}\n', encoding="utf-8-sig")
+    assert [row for _, row in read_rows(path)] == [{"a": 1}]
+
+
+def test_a_damaged_parquet_file_of_rows_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.parquet"
+    path.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    with pytest.raises(ValueError, match=r"mine\.parquet: not a readable parquet file"):
+        list(read_rows(path))

@@ -29,8 +29,6 @@ WINGS = [
 FAST_SELECTORS = {"inference/engine.py"}
 # Imports that still go the wrong way: (importer, imported). This set only shrinks.
 EXCEPTIONS = {
-    ("chat/sft_data.py", "tasks/__init__.py"),
-    ("chat/sft_data.py", "tasks/gsm8k.py"),
     ("training/checkpoint.py", "hub/push.py"),
 }
 # Lines that a reader opens for each challenge: its main modules with all that they import. Today's cap, which only falls.
@@ -41,7 +39,7 @@ CLOSURES = {
     4: (["model/gpt.py"], 970),
     5: (["inference/engine.py"], 1390),
     6: (["synthetic/identity.py"], 900),
-    7: (["chat/chat_format.py", "chat/sft_data.py"], 1560),
+    7: (["chat/chat_format.py", "chat/sft_data.py"], 1290),
     8: (["stages/sft.py"], 6000),
     9: (["tasks/gsm8k.py"], 660),
     10: (["stages/rl.py"], 6450),

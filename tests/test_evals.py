@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from edu.chat.chat_format import render, render_prompt
+from edu.chat.sft_data import conversation
 from edu.data.packing import Batch, Piece, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals, measure
@@ -34,7 +35,7 @@ from edu.evaluation.statistics import bootstrap_over_problems, compare, pass_at_
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT, GPTConfig
 from edu.synthetic.persona import IdentityQuestion, load_persona
-from edu.tasks.gsm8k import GSM8K, conversation
+from edu.tasks.gsm8k import GSM8K
 
 # Statistics
 

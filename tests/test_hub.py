@@ -225,7 +225,7 @@ def test_offline_all_but_the_push_works_from_the_cache(hub: Hub, checkpoint: Pat
     hub.add("datasets/you/secret", files, private=True)
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from edu.data.hub_files import model_folder; from edu.tasks import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
+        "from edu.data.hub_files import model_folder; from edu.data.rows import hub_rows; from edu.tasks.gsm8k import GSM8K\n"
         "task = GSM8K('train'); print(len(task), task.get_example(0)['answer'], model_folder('me/tiny').parent.parent)"
     )
     refused = run(hub, tmp_path, "-c", f"{code}; list(hub_rows('you/secret', None, 'train'))")

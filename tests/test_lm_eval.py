@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from edu.chat.chat_format import render
+from edu.chat.sft_data import conversation
 from edu.data.packing import Piece, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task
 from edu.inference.engine import Engine
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
-from edu.tasks.gsm8k import GSM8K, conversation
+from edu.tasks.gsm8k import GSM8K
 from edu.training.checkpoint import load_model, load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"

@@ -11,6 +11,7 @@ What cannot be used is counted by reason and said; a source with nothing usable 
 conversation is an error where the file is one's own to mend, and counted where the data set is the Hub's.
 """
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,10 @@ import numpy as np
 from edu.chat.chat_format import Rendered, render
 from edu.config.cli import read_yaml
 from edu.data.packing import Batch, Piece, collate, pack_rows
+from edu.data.rows import hub_rows, read_rows, text_field
 from edu.data.tokenizer import Tokenizer
-from edu.tasks import hub_rows, read_rows, text_field
-from edu.tasks.gsm8k import conversation
 
+_ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 TURNS = (("from", "value"), ("role", "content"))  # how a turn names who speaks and what
 
 
@@ -94,15 +95,7 @@ def read_source(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.path is not None:
         if not source.path.is_file():
             raise ValueError(f"{source.path}: no such file; ./my_pipeline.sh makes the default ones")
-        if source.path.suffix != ".parquet":
-            yield from read_rows(source.path)
-            return
-        import pyarrow.parquet as pq
-
-        for i, row in enumerate(
-            row for group in pq.ParquetFile(source.path).iter_batches() for row in group.to_pylist()
-        ):
-            yield f"{source.path}, row {i}", row
+        yield from read_rows(source.path)
         return
     assert source.hub is not None
     yield from hub_rows(source.hub, source.config, source.split)
@@ -127,6 +120,21 @@ def messages_of(row: dict[str, Any], place: str) -> list[Any]:
         f"{place}: fields {sorted(row)}; expected {form}, or prompt and completion, or question and answer; "
         f"convert each row, for instance (with your own names): row = {conversion(row)}"
     )
+
+
+def conversation(question: str, answer: str) -> list[dict[str, Any]]:
+    """Turn a solved problem of GSM8K's form into messages: each `<<48/2=24>>` becomes a tool call and its output, all other text stays as it is.
+
+    >>> [m["role"] for m in conversation("Half of 48?", "48/2=<<48/2=24>>24\\n#### 24")]
+    ['user', 'assistant', 'tool', 'assistant']
+    """
+    text, *rest = _ANNOTATION.split(answer)  # text, then (expression, result, text) for each annotation
+    messages: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
+    for expression, result, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": expression}}}
+        messages[-1]["tool_calls"] = [call]
+        messages += [{"role": "tool", "content": result}, {"role": "assistant", "content": text}]
+    return messages
 
 
 def conversion(row: dict[str, Any]) -> str:

@@ -17,11 +17,12 @@ import numpy as np
 
 from edu.chat.chat_format import Message, calculator_tool, check_messages, render_prompt, stream_text
 from edu.config.terminal import progress
+from edu.data.rows import read_rows, text_field
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.bits_per_byte import sum_bits, text_nats
 from edu.evaluation.statistics import Comparison, bootstrap_over_problems, compare, pass_at_k, wilson
 from edu.synthetic.persona import IdentityQuestion, Persona, grade
-from edu.tasks import Task, completion_text, read_rows, score, text_field
+from edu.tasks import Task, completion_text, score
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,11 +6,10 @@ The reward is a function of text alone. `score` is the one place where a sample 
 rollouts and evaluation both call it, so training is graded exactly as it is measured.
 """
 
-import json
 import math
 import pkgutil
 import runpy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -171,44 +170,3 @@ def from_trl_reward(trl_reward: TRLReward, *, conversational: bool = True) -> Ta
 
 def _ignore(*_: object) -> None:
     """Stands for TRL's logging."""
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a jsonl file, each with the place to name in an error ("file, row 3"). ValueError on what is no JSON object, and on no rows."""
-    count = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{path}, row {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # bad JSON or bad UTF-8
-                raise ValueError(f"{place}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{place}: expected a JSON object, found {type(row).__name__}")
-            count += 1
-            yield place, row
-    if not count:
-        raise ValueError(f"{path}: no rows; the file is empty")
-
-
-def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a data set of the Hub, each with its place; ValueError says how to read one that is not for everyone."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        data = load_dataset(name, config, split=split)
-    except DatasetNotFoundError as error:
-        reason = f"{name}: no such data set, or none that you may read"
-        raise ValueError(f"{reason}; check the name, or run `hf auth login`, or set HF_TOKEN") from error
-    yield from ((f"{name}, row {number}", dict(row)) for number, row in enumerate(data, start=1))
-
-
-def text_field(row: dict[str, Any], name: str, place: str) -> str:
-    """A row's field that has to be text with something in it."""
-    value = row.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}: field {name!r} is missing or is not text")
-    return value

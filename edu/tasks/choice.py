@@ -5,7 +5,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from edu.tasks import Example, read_rows, text_field
+from edu.data.rows import read_rows, text_field
+from edu.tasks import Example
 
 _LETTER = re.compile(r"(?:#### ?)?\(?([A-Z])[).]?")
 

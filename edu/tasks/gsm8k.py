@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from edu.tasks import Example, hub_rows, read_rows, text_field
+from edu.data.rows import hub_rows, read_rows, text_field
+from edu.tasks import Example
 
 MAX_ANSWERS = 2  # answers a completion may print: its last one counts, so this allows it to correct itself once
 MISSING = "{path}: no such file. The embedded problems are made by: python scripts/download_shards.py --source tiny"
@@ -17,7 +18,6 @@ _NUMBER = re.compile(
     r"[ \t]*([+-]?)[ \t]*[$€£]?[ \t]*([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 )
 _NOT_A_UNIT = re.compile(r"[ \t]*(?:k\b|hundred|thousand|million|billion|trillion|dozen)", re.IGNORECASE)
-_ANNOTATION = re.compile(r"<<([^<>=]+)=([^<>=]+)>>")
 
 
 def normalise(text: str) -> str | None:
@@ -61,37 +61,6 @@ def solves(completion: str, answer: str) -> bool:
     if truth is None:
         raise ValueError(f"the ground truth {answer!r} is not a number")
     return len(_MARKER.findall(completion)) <= MAX_ANSWERS and extract_answer(completion) == truth
-
-
-def conversation(question: str, answer: str) -> list[dict[str, Any]]:
-    """A solved problem as messages: each `<<48/2=24>>` becomes a tool call and its output, all other text stays as it is.
-
-    >>> [m["role"] for m in conversation("Half of 48?", "48/2=<<48/2=24>>24\\n#### 24")]
-    ['user', 'assistant', 'tool', 'assistant']
-    """
-    text, *rest = _ANNOTATION.split(answer)  # text, then (expression, result, text) for each annotation
-    messages: list[dict[str, Any]] = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-    for expression, result, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-        call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": expression}}}
-        messages[-1]["tool_calls"] = [call]
-        messages += [{"role": "tool", "content": result}, {"role": "assistant", "content": text}]
-    return messages
-
-
-def flatten(messages: list[dict[str, Any]]) -> str:
-    """The inverse of `conversation`: the assistant's and the tool's messages as one annotated answer.
-
-    >>> flatten(conversation("Half of 48?", "48/2=<<48/2=24>>24\\n#### 24"))
-    '48/2=<<48/2=24>>24\\n#### 24'
-    """
-    parts: list[str] = []
-    for message in messages:
-        if message["role"] == "tool":
-            parts.append(f"={message['content']}>>")
-        elif message["role"] == "assistant":
-            parts.append(message["content"])
-            parts += [f"<<{call['function']['arguments']['expression']}" for call in message.get("tool_calls", ())]
-    return "".join(parts)
 
 
 class GSM8K:
