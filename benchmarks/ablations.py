@@ -43,7 +43,7 @@ def main() -> None:
     from edu.config import metrics
     from edu.config.stages import RLConfig
     from edu.data.metrics_log import read_metrics
-    from edu.data.packing import Piece
+    from edu.data.packing import TrainingExample
     from edu.inference.engine import Engine
     from edu.stages import rl
     from edu.stages.rollouts import Rollout
@@ -51,7 +51,7 @@ def main() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
-    def without_stop(self: Rollout) -> Piece:
+    def without_stop(self: Rollout) -> TrainingExample:
         """The piece of a rollout in which the token that ended it is only read."""
         whole = piece(self)
         ended = self.sample.finish_reason == "stop"
@@ -77,7 +77,7 @@ def main() -> None:
 
     roll_out, terms = rl.roll_out, rl.Reinforcement.terms
     whole: Any = Rollout.piece
-    piece: Callable[[Rollout], Piece] = whole.fget
+    piece: Callable[[Rollout], TrainingExample] = whole.fget
     undone: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         "as it is": nullcontext,
         "stop token not trained": lambda: patch.object(Rollout, "piece", property(without_stop)),

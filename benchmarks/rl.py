@@ -107,7 +107,7 @@ def main() -> None:
 
     from edu.chat.chat_format import render_prompt
     from edu.config.stages import RLConfig
-    from edu.data.packing import Piece, collate, pack_rows
+    from edu.data.packing import TrainingExample, collate, pack_rows
     from edu.data.tokenizer import Tokenizer
     from edu.model.gpt import GPT, GPTConfig
     from edu.stages import rl, rollouts
@@ -243,7 +243,7 @@ def main() -> None:
         named = [inputs[f"{part}_{kind}"] for part in ("prompt", "completion") for kind in ("ids", "mask")]
         for before, real, after, said, advantage in zip(*named, inputs["advantages"].tolist(), strict=True):
             prompt, answer = before[real.bool()].tolist(), after[said.bool()].tolist()
-            pieces.append(Piece(prompt + answer, [0] * len(prompt) + [1] * len(answer), advantage))
+            pieces.append(TrainingExample(prompt + answer, [0] * len(prompt) + [1] * len(answer), advantage))
         rows = [[pieces[i] for i in row] for row in pack_rows(pieces, args.context)]
         optimizer: Any = accelerator.prepare(adamw(model))
         return train_step(accelerator, model, optimizer, [Term([collate(rows, args.context)])]).grad_norm

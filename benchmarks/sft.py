@@ -62,7 +62,7 @@ def main() -> None:
     from transformers.utils import logging
 
     from edu.chat.sft_data import Epochs, batches_of
-    from edu.data.packing import Piece
+    from edu.data.packing import TrainingExample
     from edu.model.gpt import GPT, GPTConfig
     from edu.training.step import Term, train_step
 
@@ -94,7 +94,7 @@ def main() -> None:
         model.load_state_dict(first.state_dict())
         optimizer: Any = Accelerator(cpu=True).prepare(adamw(model))
         trained = model if apart else Together(model)
-        epochs, done = Epochs([Piece(ids, mask) for ids, mask in chats], T), [0]
+        epochs, done = Epochs([TrainingExample(ids, mask) for ids, mask in chats], T), [0]
 
         def turn() -> tuple[int, float]:
             accelerator, tokens = Accelerator(cpu=True), 0

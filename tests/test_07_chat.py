@@ -29,7 +29,7 @@ from edu.chat.chat_format import (
     tool_call,
 )
 from edu.chat.sft_data import Epochs, load_sft_data
-from edu.data.packing import Piece
+from edu.data.packing import TrainingExample
 from edu.data.tokenizer import Tokenizer
 from tests.hub_server import serve
 
@@ -374,9 +374,9 @@ def test_a_mixture_takes_the_hubs_data_sets_by_name(tmp_path: Path, tokenizer: T
 
 def test_rows_of_a_step_depend_on_the_step_alone_and_an_epoch_has_every_piece_once() -> None:
     """So a resumed run, which asks for its first rows late, sees what an uninterrupted one would have seen."""
-    pieces = [Piece(np.full(2 + i % 9, i), np.ones(2 + i % 9)) for i in range(50)]
+    pieces = [TrainingExample(np.full(2 + i % 9, i), np.ones(2 + i % 9)) for i in range(50)]
 
-    def content(rows: list[list[Piece]]) -> list[list[int]]:
+    def content(rows: list[list[TrainingExample]]) -> list[list[int]]:
         return [[int(piece.ids[0]) for piece in row] for row in rows]
 
     whole = content(Epochs(pieces, 16, seed=3).rows(0, 120))
@@ -397,11 +397,11 @@ def test_rows_of_a_step_depend_on_the_step_alone_and_an_epoch_has_every_piece_on
 def test_a_share_of_the_conversations_become_further_turns_of_another() -> None:
     """So that a problem is worked out after other turns too; every token but the later ones' BOS stays, with its mask."""
     bos, T = 99, 16
-    pieces = [Piece(np.array([bos, i, i]), np.array([0, 0, 1])) for i in range(40)]
+    pieces = [TrainingExample(np.array([bos, i, i]), np.array([0, 0, 1])) for i in range(40)]
 
-    def talks(share: float) -> list[Piece]:
+    def talks(share: float) -> list[TrainingExample]:
         rows = Epochs(pieces, T, seed=1, multi_turn=share).rows(0, 200)
-        epoch, found = Counter(range(40)), list[Piece]()
+        epoch, found = Counter(range(40)), list[TrainingExample]()
         for piece in (piece for row in rows for piece in row):
             epoch -= Counter(piece.ids[1::2].tolist())
             found.append(piece)

@@ -14,7 +14,7 @@ import pytest
 from edu.chat.sft_data import load_sft_data, read_mixture
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
-from edu.data.packing import Piece
+from edu.data.packing import TrainingExample
 from edu.data.tokenizer import Tokenizer
 from edu.training.resume import FREE_ON_RESUME
 
@@ -155,7 +155,7 @@ def test_a_mixture_of_hub_and_files_is_read_the_same_twice_weighted_and_counted(
     assert [piece.ids.tolist() for piece in data.val] == [piece.ids.tolist() for piece in again.val]
     assert data.report[str(tmp_path / "hub")] == {"used": 20, "no conversation in order": 2}
 
-    def counts(pieces: list[Piece]) -> dict[str, Counter[str]]:
+    def counts(pieces: list[TrainingExample]) -> dict[str, Counter[str]]:
         texts = [tokenizer.decode(piece.ids, skip_special=True) for piece in pieces]
         return {name: Counter(text for text in texts if text.startswith(name)) for name in ("hub", "text", "row")}
 

@@ -18,7 +18,7 @@ from test_04_model import random_gpt
 
 from edu.chat.chat_format import calculator_tool, render_prompt
 from edu.config.stages import Advantage, Normalization, RLConfig
-from edu.data.packing import Batch, Piece, collate
+from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine
 from edu.inference.sampling import Sample
@@ -50,7 +50,7 @@ def rollout(tokens: list[int], mask: list[int], reward: float, advantage: float,
 
 
 def gradients(
-    model: torch.nn.Module, rows: list[Piece] | list[Batch], left_out: int = 0
+    model: torch.nn.Module, rows: list[TrainingExample] | list[Batch], left_out: int = 0
 ) -> tuple[dict[str, torch.Tensor], float]:
     """The gradients of a step, before any clipping, and its loss."""
     plugin = GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False)
@@ -269,7 +269,7 @@ def test_log_probabilities_of_packed_rollouts_are_those_of_each_alone() -> None:
         assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def some_answers(seed: int) -> list[Piece]:
+def some_answers(seed: int) -> list[TrainingExample]:
     """Answers of many lengths to four prompts, in which tools forced tokens too; equal prompts are neighbours."""
     rng = np.random.default_rng(seed)
     pieces = []
@@ -278,7 +278,7 @@ def some_answers(seed: int) -> list[Piece]:
         for _ in range(rng.integers(1, 6)):
             ids = rng.integers(0, 400, rng.integers(1, T + 2 - len(prompt))).tolist()
             mask = [1, *rng.integers(0, 2, len(ids) - 1).tolist()]
-            pieces.append(Piece(prompt + ids, [0] * len(prompt) + mask, float(rng.normal())))
+            pieces.append(TrainingExample(prompt + ids, [0] * len(prompt) + mask, float(rng.normal())))
     return pieces
 
 

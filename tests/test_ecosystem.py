@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from edu.chat.chat_format import render, tool_call
 from edu.config.stages import PretrainConfig, SFTConfig
-from edu.data.packing import Piece, collate
+from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.measure import mean_loss
 from edu.inference.engine import Engine
@@ -198,6 +198,6 @@ def test_trl_trains_on_our_masks_with_our_loss(packing: bool, home: Path, tokeni
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(inputs))
     ours = mean_loss(
-        load_model(str(home / "runs/tiny/base")), [collate([[Piece(r.ids, r.mask)] for r in rendered], 64)]
+        load_model(str(home / "runs/tiny/base")), [collate([[TrainingExample(r.ids, r.mask)] for r in rendered], 64)]
     )
     assert float(loss) == pytest.approx(ours, rel=1e-4)

@@ -15,7 +15,7 @@ from torch import nn
 
 from edu.chat.chat_format import render, render_prompt
 from edu.chat.sft_data import conversation
-from edu.data.packing import Batch, Piece, collate
+from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals, measure
 from edu.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, text_nats
@@ -364,7 +364,7 @@ class Fixed(nn.Module):
 
 
 def rows(*documents: list[int], length: int = 8) -> Batch:
-    return collate([[Piece(ids, [1] * len(ids))] for ids in documents], length)
+    return collate([[TrainingExample(ids, [1] * len(ids))] for ids in documents], length)
 
 
 def test_bits_per_byte_divides_the_bits_of_text_by_its_raw_bytes() -> None:

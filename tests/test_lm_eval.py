@@ -9,7 +9,7 @@ import torch
 
 from edu.chat.chat_format import render
 from edu.chat.sft_data import conversation
-from edu.data.packing import Piece, collate
+from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task
 from edu.inference.engine import Engine
@@ -36,7 +36,7 @@ def home(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.pad}
     model = GPT(GPTConfig.tiny(vocab_size=tokenizer.vocab_size, max_position_embeddings=192, **special))
     rendered = [render(conversation(row["question"], row["answer"]), tokenizer) for row in rows[:4]]
-    batch = collate([[Piece(each.ids, each.mask)] for each in rendered], 64)
+    batch = collate([[TrainingExample(each.ids, each.mask)] for each in rendered], 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
         loss = -model(batch.inputs, targets=batch.targets, position_ids=batch.positions).sum()

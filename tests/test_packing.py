@@ -9,17 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edu.data.packing import IGNORE, Batch, Piece, StreamPacker, collate, pack_rows
+from edu.data.packing import IGNORE, Batch, StreamPacker, TrainingExample, collate, pack_rows
 
 BOS = 10**6
 sizes = st.lists(st.integers(2, 17), min_size=0, max_size=60)
 
 
-def pieces_of(lengths: list[int]) -> list[Piece]:
+def pieces_of(lengths: list[int]) -> list[TrainingExample]:
     """Pieces with ids that are all different."""
     ends = np.cumsum(lengths)
     return [
-        Piece(np.arange(end - n, end), np.arange(n) % 3 > 0, weight=n / 7) for n, end in zip(lengths, ends, strict=True)
+        TrainingExample(np.arange(end - n, end), np.arange(n) % 3 > 0, weight=n / 7)
+        for n, end in zip(lengths, ends, strict=True)
     ]
 
 
@@ -107,14 +108,14 @@ def test_collated_targets_and_weights_follow_the_mask(lengths: list[int]) -> Non
 
 
 def test_a_target_with_zero_advantage_still_counts() -> None:
-    batch = collate([[Piece([1, 2, 3], [0, 1, 1], weight=np.array([9.0, 0.0, -0.5]))], []], 4)
+    batch = collate([[TrainingExample([1, 2, 3], [0, 1, 1], weight=np.array([9.0, 0.0, -0.5]))], []], 4)
     assert batch.targets.tolist() == [[2, 3, -1, -1], [-1] * 4]
     assert batch.weights.tolist() == [[0.0, -0.5, 0.0, 0.0], [0.0] * 4]
     assert int((batch.targets != IGNORE).sum()) == 2
 
 
 def test_batch_moves_whole() -> None:
-    batch = collate([[Piece([1, 2, 3], [0, 1, 1])]], 4)
+    batch = collate([[TrainingExample([1, 2, 3], [0, 1, 1])]], 4)
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
     assert [t.device.type for t in vars(moved).values()] == ["meta"] * 4

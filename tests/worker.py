@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from edu.data.packing import Piece, collate
+from edu.data.packing import TrainingExample, collate
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
 from edu.training.accelerator import compute_init
@@ -22,14 +22,14 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POL
 """What `accelerate launch` tells the processes by accelerate_configs/fsdp2.yaml."""
 
 
-def rows_of(step: int) -> list[list[Piece]]:
+def rows_of(step: int) -> list[list[TrainingExample]]:
     """Eight rows with ragged masks, some empty, and weights of both signs; a ninth now and then: a last short window."""
     rng = np.random.default_rng(step)
     rows = []
     for i in range(8 + step % 2):
         size = int(rng.integers(2, T + 1))
         mask = (rng.random(size) < rng.random()) * (i != 3)
-        rows.append([Piece(rng.integers(0, 512, size), mask, rng.normal(1, 0.5, size))])
+        rows.append([TrainingExample(rng.integers(0, 512, size), mask, rng.normal(1, 0.5, size))])
     return rows
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from edu.chat.chat_format import Rendered, render
 from edu.config.cli import read_yaml
-from edu.data.packing import Batch, Piece, collate, pack_rows
+from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.rows import hub_rows, read_rows, text_field
 from edu.data.tokenizer import Tokenizer
 
@@ -52,9 +52,9 @@ class Source:
 class SFTData:
     """Conversations as pieces for packing."""
 
-    train: list[Piece]
+    train: list[TrainingExample]
     """Repeated by weight."""
-    val: list[Piece]
+    val: list[TrainingExample]
     """Held out: never in train."""
     report: dict[str, Counter[str]]
     """Per source: how many are "used", and how many are not, by reason."""
@@ -165,7 +165,7 @@ def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_ev
     2. Hold out one in `val_every` by a checksum of its tokens, the same ones in every mixture.
     3. Repeat the others by their source's weight.
     """
-    train, val, report = list[Piece](), list[Piece](), dict[str, Counter[str]]()
+    train, val, report = list[TrainingExample](), list[TrainingExample](), dict[str, Counter[str]]()
     for source in read_mixture(path):
         counts = report.setdefault(source.name, Counter())
         owed = 0.0
@@ -183,7 +183,7 @@ def load_sft_data(path: Path, tokenizer: Tokenizer, sequence_length: int, val_ev
             if reason:
                 continue
             ids = np.array(rendered.ids, np.int32)
-            piece = Piece(ids, np.array(rendered.mask, np.int8))
+            piece = TrainingExample(ids, np.array(rendered.mask, np.int8))
             if zlib.crc32(ids.tobytes()) % val_every == 0:
                 val.append(piece)
                 continue
@@ -204,13 +204,15 @@ def unusable(rendered: Rendered, sequence_length: int) -> str | None:
     return None if any(rendered.mask) else "nothing that the assistant said"
 
 
-def in_turns(pieces: Sequence[Piece], share: float, sequence_length: int, rng: np.random.Generator) -> list[Piece]:
+def in_turns(
+    pieces: Sequence[TrainingExample], share: float, sequence_length: int, rng: np.random.Generator
+) -> list[TrainingExample]:
     """The conversations, a share of them as further turns of the one before, where they fit into a row."""
-    talks = list[Piece]()
+    talks = list[TrainingExample]()
     for piece in pieces:
         if talks and rng.random() < share and len(talks[-1].ids) + len(piece.ids) <= sequence_length + 2:
             ids, mask = (np.append(getattr(talks[-1], name), getattr(piece, name)[1:]) for name in ("ids", "mask"))
-            talks[-1] = Piece(ids, mask)  # without its BOS
+            talks[-1] = TrainingExample(ids, mask)  # without its BOS
         else:
             talks.append(piece)
     return talks
@@ -223,20 +225,20 @@ class Epochs:
     Rows of step s are the rows s * n .. (s + 1) * n - 1 of the endless sequence, so the step alone says where it stands.
     """
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[TrainingExample]
     sequence_length: int
     seed: int = 0
     multi_turn: float = 0.0
     """Share of the conversations that become further turns of another one."""
 
     def __post_init__(self) -> None:
-        self._packed: list[tuple[int, list[list[Piece]]]] = []  # (first row, rows) of each epoch so far
+        self._packed: list[tuple[int, list[list[TrainingExample]]]] = []  # (first row, rows) of each epoch so far
 
-    def rows(self, first: int, count: int) -> list[list[Piece]]:
+    def rows(self, first: int, count: int) -> list[list[TrainingExample]]:
         """Rows first .. first + count - 1."""
         return [self._row(first + i) for i in range(count)]
 
-    def _row(self, index: int) -> list[Piece]:
+    def _row(self, index: int) -> list[TrainingExample]:
         while not self._packed or index >= self._packed[-1][0] + len(self._packed[-1][1]):
             epoch = len(self._packed)
             start = self._packed[-1][0] + len(self._packed[-1][1]) if epoch else 0
@@ -249,6 +251,6 @@ class Epochs:
         return rows[index - start]
 
 
-def batches_of(micro: Sequence[Sequence[Sequence[Piece]]], sequence_length: int, pad: int) -> list[Batch]:
+def batches_of(micro: Sequence[Sequence[Sequence[TrainingExample]]], sequence_length: int, pad: int) -> list[Batch]:
     """Micro-batches of rows as Batches; an empty one becomes one row with nothing to learn."""
     return [collate(rows or [[]], sequence_length, pad) for rows in micro]

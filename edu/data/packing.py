@@ -46,7 +46,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TrainingExample:
     """What is trained as one document: n + 1 tokens give n inputs and n targets."""
 
     ids: Sequence[int] | np.ndarray
@@ -106,7 +106,7 @@ class BestFit(Generic[V]):
         return self.items.pop(key)
 
 
-def pack_rows(items: Sequence[Piece], sequence_length: int, window: int = 4096) -> list[list[int]]:
+def pack_rows(items: Sequence[TrainingExample], sequence_length: int, window: int = 4096) -> list[list[int]]:
     """Put pieces, none cut, into rows of at most sequence_length inputs; gives each row as indices into items.
 
     1. Keep the next `window` pieces at hand. Up to so many in all, this is best-fit decreasing (at most 11/9 of the
@@ -115,7 +115,7 @@ def pack_rows(items: Sequence[Piece], sequence_length: int, window: int = 4096) 
 
     Nothing is drawn at random. A piece of more than sequence_length + 1 tokens is the caller's to leave out or shorten.
 
-    >>> pack_rows([Piece([1] * n, [1] * n) for n in (3, 5, 4, 3)], sequence_length=6)
+    >>> pack_rows([TrainingExample([1] * n, [1] * n) for n in (3, 5, 4, 3)], sequence_length=6)
     [[1, 0], [2, 3]]
     """
     buffer, rows, coming = BestFit[None](), [], 0
@@ -136,12 +136,12 @@ def pack_rows(items: Sequence[Piece], sequence_length: int, window: int = 4096) 
     return rows
 
 
-def collate(rows: Sequence[Sequence[Piece]], sequence_length: int, pad: int = 0) -> Batch:
+def collate(rows: Sequence[Sequence[TrainingExample]], sequence_length: int, pad: int = 0) -> Batch:
     """Lay out rows of pieces as a Batch: inputs ids[:-1], targets ids[1:] where their mask is 1.
 
     What a row has left over is a document of `pad` of its own, with nothing to learn. A row may be empty.
 
-    >>> batch = collate([[Piece([5, 6, 7], [0, 0, 1], weight=-0.5), Piece([8, 9], [0, 1], weight=0.0)]], 4)
+    >>> batch = collate([[TrainingExample([5, 6, 7], [0, 0, 1], weight=-0.5), TrainingExample([8, 9], [0, 1], weight=0.0)]], 4)
     >>> batch.inputs.tolist(), batch.targets.tolist(), batch.positions.tolist()
     ([[5, 6, 8, 0]], [[-1, 7, 9, -1]], [[0, 1, 0, 0]])
     >>> batch.weights.tolist()

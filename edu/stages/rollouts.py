@@ -15,7 +15,7 @@ import torch
 
 from edu.chat.chat_format import calculator_tool, render_prompt, stream_text
 from edu.config import metrics
-from edu.data.packing import Batch, Piece, collate, pack_rows
+from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine, Sample
 from edu.model.gpt import GPT
@@ -39,10 +39,10 @@ class Rollout:
         return sum(self.sample.mask)
 
     @property
-    def piece(self) -> Piece:
+    def piece(self) -> TrainingExample:
         """What is trained: the sampled tokens, weighted by the advantage."""
         mask = [0] * len(self.prompt) + self.sample.mask
-        return Piece(self.prompt + self.sample.tokens, mask, self.advantage)
+        return TrainingExample(self.prompt + self.sample.tokens, mask, self.advantage)
 
 
 def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
@@ -85,23 +85,23 @@ def roll_out(
     return rollouts
 
 
-def joined(pieces: Sequence[Piece]) -> Piece:
+def joined(pieces: Sequence[TrainingExample]) -> TrainingExample:
     """Answers to one prompt as one piece, so that the prompt is computed once.
 
     Each further answer is a branch: it repeats the prompt's last token, which predicts its first own one, at that token's
     position. Attention, and so every log-probability, is that of the answer alone (`edu.model.masks.document_mask`).
 
-    >>> both = joined([Piece([5, 6, 7], [0, 0, 1]), Piece([5, 6, 8, 9], [0, 0, 1, 1])])
+    >>> both = joined([TrainingExample([5, 6, 7], [0, 0, 1]), TrainingExample([5, 6, 8, 9], [0, 0, 1, 1])])
     >>> both.ids.tolist(), both.mask.tolist(), both.positions.tolist()
     ([5, 6, 7, 6, 8, 9], [0, 0, 1, 0, 1, 1], [0, 1, 2, 1, 2, 3])
     """
     starts = [0] + [_prompt(pieces[0]) - 1] * (len(pieces) - 1)
     fields = [(p.ids, p.mask, np.broadcast_to(p.weight, len(p.ids)), np.arange(len(p.ids))) for p in pieces]
     kept = [[np.asarray(each)[start:] for each in parts] for start, parts in zip(starts, fields, strict=True)]
-    return Piece(*map(np.concatenate, zip(*kept, strict=True)))
+    return TrainingExample(*map(np.concatenate, zip(*kept, strict=True)))
 
 
-def _prompt(piece: Piece) -> int:
+def _prompt(piece: TrainingExample) -> int:
     """How many tokens stand before the first target."""
     return int(np.argmax(piece.mask))
 
@@ -110,10 +110,10 @@ Part = list[list[list[int]]]
 """A micro-batch of rows of joined pieces, each as indices of answers."""
 
 
-def lay_out(pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[Part]:
+def lay_out(pieces: Sequence[TrainingExample], sequence_length: int, batch_size: int) -> list[Part]:
     """Answers to the same prompt, which are neighbours, joined by as many as fit a row, about as many in each; then rows.
 
-    >>> lay_out([Piece([7] * 4 + [i], [0, 0, 0, 0, 1]) for i in range(3)], sequence_length=6, batch_size=4)
+    >>> lay_out([TrainingExample([7] * 4 + [i], [0, 0, 0, 0, 1]) for i in range(3)], sequence_length=6, batch_size=4)
     [[[[0, 2]], [[1]]]]
     """
 
@@ -134,7 +134,7 @@ def lay_out(pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> l
     return [[[bundles[i] for i in row] for row in rows[at : at + batch_size]] for at in range(0, len(rows), batch_size)]
 
 
-def assemble(part: Part, pieces: Sequence[Piece], pad: int = 0) -> Batch:
+def assemble(part: Part, pieces: Sequence[TrainingExample], pad: int = 0) -> Batch:
     """A micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few programs (`edu.model.cpu_ops`)."""
     rows = [[joined([pieces[i] for i in bundle]) for bundle in row] for row in part] or [[]]
     longest = max(1, *(sum(len(piece.ids) - 1 for piece in row) for row in rows))
@@ -142,7 +142,9 @@ def assemble(part: Part, pieces: Sequence[Piece], pad: int = 0) -> Batch:
 
 
 @torch.no_grad()
-def token_logprobs(model: GPT, pieces: Sequence[Piece], sequence_length: int, batch_size: int) -> list[np.ndarray]:
+def token_logprobs(
+    model: GPT, pieces: Sequence[TrainingExample], sequence_length: int, batch_size: int
+) -> list[np.ndarray]:
     """Log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
 
     The rows are laid out as in training, so what is trained next has these very log-probabilities.
