@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from edu.config.network import settings_fault
 
 C = TypeVar("C")
 CONVERSIONS: dict[str, Callable[[Any], Any]] = {"Path": Path, "tuple": tuple, "bool": bool, "int": int, "float": float}
@@ -83,18 +85,37 @@ def _typed(value: Any, kind: str) -> Any:
     return value
 
 
+def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Complete variables that libraries read at import: loopback in NO_PROXY, one certificate file, HF_ENDPOINT's scheme."""
+    direct = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if direct.strip() != "*":
+        listed = [host.strip() for host in direct.split(",") if host.strip()]
+        environment["NO_PROXY"] = environment["no_proxy"] = ",".join(
+            dict.fromkeys([*listed, "127.0.0.1", "localhost", "::1"])
+        )
+    bundle = environment.get("REQUESTS_CA_BUNDLE") or environment.get("CURL_CA_BUNDLE")
+    if bundle and not environment.get("SSL_CERT_FILE"):  # httpx2 reads only this one, requests only those
+        environment["SSL_CERT_FILE"] = bundle
+    if (endpoint := environment.get("HF_ENDPOINT")) and "://" not in endpoint:
+        environment["HF_ENDPOINT"] = f"https://{endpoint}"
+
+
 def run_script(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main(): a user's mistake becomes one line on stderr and exit code 2, never a traceback."""
     # OpenMP's threads spin briefly and then sleep while they wait. Endless spinning made training two to three times
     # slower than sleeping where another program kept a core busy (docs/LOG.md, 2026-11-22).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    prepare_environment()
     try:
         code = main()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        fault = settings_fault(error)
+        if isinstance(error, ImportError) and not fault:
+            raise
+        print(f"error: {error}" if fault in str(error) else f"error: {error}: {fault}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

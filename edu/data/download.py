@@ -25,9 +25,10 @@ from typing import NoReturn
 
 import httpx2
 from huggingface_hub import get_hf_file_metadata
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers
 
+from edu.config.network import http_client, settings_fault
 from edu.data.atomic_io import publish
 
 Report = Callable[[int, int | None], None]  # (bytes here, bytes in all or None), called after each piece
@@ -116,12 +117,18 @@ class _Transfer:
     def run(self, part: Path, pause: Callable[[float], object]) -> None:
         """Attempt until the partial file is whole, checked and on the disk."""
         failures, best = 0, 0
-        with httpx2.Client(follow_redirects=True, timeout=self.retry.timeout) as client:
+        try:
+            client = http_client(self.url, follow_redirects=True, timeout=self.retry.timeout)
+        except ConnectionError as error:
+            raise TransferError(str(error)) from error
+        with client:
             while True:
                 try:
                     self.accept(part, *(self.receive(client) if "://" in self.url else self.copy()))
                     return
-                except (httpx2.HTTPError, Again) as error:
+                except (httpx2.HTTPError, Again, ImportError, OfflineModeIsEnabled) as error:
+                    if fault := settings_fault(error):  # no retry helps
+                        raise TransferError(fault) from error
                     failure = (
                         error if isinstance(error, Again) else Again(f"{type(error).__name__}: {error}", keep=True)
                     )

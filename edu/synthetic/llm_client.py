@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlparse
+
+from edu.config.network import is_loopback
 
 ADVICE = "OPENAI_BASE_URL is the endpoint's address (it ends in /v1), OPENAI_API_KEY its key; unset both for the embedded teacher"
 
@@ -25,8 +26,7 @@ class Endpoint:
         """base_url: "" for OpenAI's own. model: "" for the only one there is, see `choose_model`. Close it after use."""
         import openai  # here, since it costs 0.6 s and only who asks needs it
 
-        local = urlparse(base_url).hostname in ("127.0.0.1", "localhost")  # never through a proxy of the environment
-        transport = openai.DefaultHttpxClient(trust_env=not local)
+        transport = openai.DefaultHttpxClient(trust_env=not is_loopback(base_url))
         options: dict[str, Any] = {"timeout": 120.0, "max_retries": max_retries, "http_client": transport}
         self.client = openai.OpenAI(
             base_url=base_url or "https://api.openai.com/v1", api_key=api_key or "none", **options

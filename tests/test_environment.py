@@ -1,0 +1,147 @@
+"""The environment: proxies, certificates, endpoints and other exported variables do what their owner means, or are one line."""
+
+import os
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from fault_server import Plan, serve
+
+from edu.config.cli import prepare_environment
+from edu.config.network import http_client
+from edu.data.shards import ShardError, download_shard, find_source
+
+ROOT = Path(__file__).parents[1]
+SELF_SIGNED = Path(__file__).parent / "data" / "self_signed.pem"
+ELSEWHERE = "https://example.invalid/shard_{index:05d}.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1", r"SOCKS .*pip install"),
+        ("HTTPS_PROXY", "http://me:secret@127.0.0.1:1", r"through the proxy 127\.0\.0\.1:1 .*HTTPS_PROXY"),
+        ("HTTPS_PROXY", "127.0.0.1:1", r"through the proxy 127\.0\.0\.1:1"),
+        ("HTTPS_PROXY", "ftp://me:secret@127.0.0.1:1", "HTTPS_PROXY or ALL_PROXY is not the URL of a proxy"),
+        ("ALL_PROXY", "http://me:secret@host:port", "HTTPS_PROXY or ALL_PROXY is not the URL of a proxy"),
+        ("SSL_CERT_FILE", "/nowhere/ca.pem", "SSL_CERT_FILE=/nowhere/ca.pem is no file of certificates"),
+        ("SSL_CERT_FILE", str(ROOT / "pyproject.toml"), "pyproject.toml is no file of certificates"),
+    ],
+)
+def test_wrong_proxy_and_certificate_settings_are_one_line_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=words) as caught:  # at once: no retry helps
+        download_shard(0, tmp_path, find_source(ELSEWHERE))
+    assert time.monotonic() - start < 5
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def tls() -> Iterator[str]:
+    """A server on this machine whose certificate nobody has signed."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(SELF_SIGNED)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"https://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_unknown_certificate_is_one_line_at_once_and_honored_once_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tls: str
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(ShardError, match=r"certificate is not trusted \(self-signed certificate\): set SSL_CERT_FILE"):
+        download_shard(0, tmp_path, find_source(f"{tls}/shard_{{index:05d}}.parquet"))
+    assert time.monotonic() - start < 5
+    environment = {"REQUESTS_CA_BUNDLE": str(SELF_SIGNED)}
+    prepare_environment(environment)
+    monkeypatch.setenv("SSL_CERT_FILE", environment["SSL_CERT_FILE"])
+    with http_client(tls) as client:
+        assert client.get(tls).text == "ok"
+
+
+def test_servers_on_this_machine_are_reached_whatever_proxy_is_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://me:secret@127.0.0.1:1")
+    content = (Path(__file__).parent / "data" / "old_run" / "data" / "shard_00000.parquet").read_bytes()
+    with serve(Plan({"/shard_00000.parquet": content})) as plan:
+        source = find_source(f"{plan.url}/shard_{{index:05d}}.parquet")
+        assert download_shard(0, tmp_path, source).read_bytes() == content
+
+
+def test_the_environment_is_completed_and_nothing_of_it_is_overruled() -> None:
+    ours = {"NO_PROXY": "example.com", "HF_ENDPOINT": "mirror.example.com", "CURL_CA_BUNDLE": "/a.pem"}
+    prepare_environment(ours)
+    assert ours["NO_PROXY"] == ours["no_proxy"] == "example.com,127.0.0.1,localhost,::1"
+    assert ours["HF_ENDPOINT"] == "https://mirror.example.com"
+    assert ours["SSL_CERT_FILE"] == "/a.pem"
+    before = {
+        "no_proxy": "*",
+        "HF_ENDPOINT": "http://mirror",
+        "SSL_CERT_FILE": "/b.pem",
+        "REQUESTS_CA_BUNDLE": "/a.pem",
+    }
+    after = dict(before)
+    prepare_environment(after)
+    assert after == before
+
+
+DOWNLOAD = ("scripts/download_shards.py", "--source", "org/name", "--val-index", "1", "--num-shards", "1", "--out")
+CHAT = ("scripts/chat.py", "--model", "org/name", "-p", "hi", "--system")
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "words"),
+    [
+        (DOWNLOAD, {"ALL_PROXY": "socks5://127.0.0.1:1"}, "a SOCKS proxy is set"),
+        (DOWNLOAD, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:1"}, "no connection through the proxy 127.0.0.1:1"),
+        (DOWNLOAD, {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        (DOWNLOAD, {"HF_ENDPOINT": "example.invalid", "HTTPS_PROXY": "127.0.0.1:1"}, "through the proxy"),
+        (CHAT, {"ALL_PROXY": "socks5://127.0.0.1:1"}, "a SOCKS proxy is set"),
+        (CHAT, {"HTTPS_PROXY": "http://me:secret@127.0.0.1:1"}, "no connection through the proxy 127.0.0.1:1"),
+    ],
+)
+def test_a_script_that_cannot_reach_the_hub_says_why_in_one_line(
+    tmp_path: Path, command: tuple[str, ...], variables: dict[str, str], words: str
+) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path)} | variables
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "data")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 2)
+    said = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "missing: "))]
+    assert said
+    assert all(words in line for line in said), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr + done.stdout
