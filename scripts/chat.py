@@ -83,8 +83,8 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args
 def main() -> None:
     args = parse(Args)
     from edu.inference.engine import Engine
+    from edu.model.load import load_model, load_tokenizer
     from edu.training.accelerator import autodetect_device_type
-    from edu.training.checkpoint import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     engine = Engine(load_model(args.model, autodetect_device_type()).eval())

@@ -60,11 +60,11 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
     from edu.data.shards import list_shards
     from edu.evaluation.evals import evaluate_facts, evaluate_persona, evaluate_task, evaluate_text
     from edu.inference.engine import Engine
+    from edu.model.load import load_model, load_tokenizer
     from edu.synthetic.persona import load_identity_eval, load_persona
     from edu.tasks import load
     from edu.tasks.gsm8k import GSM8K
     from edu.training.accelerator import autodetect_device_type
-    from edu.training.checkpoint import load_model, load_tokenizer
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     engine, length = Engine(model), model.config.max_position_embeddings

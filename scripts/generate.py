@@ -26,8 +26,8 @@ class Args:
 def main() -> int:
     args = parse(Args)
     from edu.inference.engine import Engine, generate_naive
+    from edu.model.load import load_model, load_tokenizer
     from edu.training.accelerator import autodetect_device_type
-    from edu.training.checkpoint import load_model, load_tokenizer
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)
     prompt = [tokenizer.bos, *tokenizer.encode(args.prompt)]

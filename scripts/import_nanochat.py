@@ -21,7 +21,7 @@ class Args:
 def main() -> None:
     args = parse(Args)
     from edu.hub.nanochat import import_nanochat
-    from edu.training.checkpoint import quiet_transformers
+    from edu.model.load import quiet_transformers
 
     quiet_transformers()
     out = import_nanochat(args.checkpoint, args.out, args.step, args.tokenizer)

@@ -15,8 +15,8 @@ from small_stages import steps_of
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, SFTConfig, StageConfig
 from edu.data.tokenizer import Tokenizer
+from edu.model.load import load_model, load_tokenizer
 from edu.stages import pretrain, sft
-from edu.training.checkpoint import load_model, load_tokenizer
 
 OLD_RUN = Path(__file__).parent / "data" / "old_run"
 STAGES: dict[str, tuple[Callable[[Any], Any], type[StageConfig]]] = {

@@ -26,8 +26,8 @@ from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.measure import mean_loss
 from edu.inference.engine import Engine
+from edu.model.load import load_model, load_tokenizer
 from edu.stages import pretrain, sft
-from edu.training.checkpoint import load_model, load_tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "ecosystem.md").read_text("utf-8")
 CHATS = [

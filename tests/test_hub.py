@@ -22,8 +22,8 @@ from edu.data.hub_files import EVAL_RESULTS
 from edu.data.tokenizer import Tokenizer
 from edu.hub.push import Card, push, write_card
 from edu.model.gpt import GPT, GPTConfig
+from edu.model.load import load_model, load_tokenizer
 from edu.stages import pretrain
-from edu.training.checkpoint import load_model, load_tokenizer
 from tests.hub_server import Fault, Hub, serve
 
 FIGURES = {

@@ -15,8 +15,8 @@ from edu.evaluation.evals import evaluate_task
 from edu.inference.engine import Engine
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
+from edu.model.load import load_model, load_tokenizer
 from edu.tasks.gsm8k import GSM8K
-from edu.training.checkpoint import load_model, load_tokenizer
 
 TASKS = Path(__file__).parents[1] / "data" / "lm_eval"
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from edu.chat.chat_format import render, render_prompt
 from edu.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from edu.hub.nanochat import import_nanochat, read_encoding, read_tokenizer
-from edu.training.checkpoint import load_model, load_tokenizer
+from edu.model.load import load_model, load_tokenizer
 from tests.test_tokenizer import HARD
 
 ROOT = Path(__file__).parent.parent

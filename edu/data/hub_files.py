@@ -79,7 +79,10 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
         raise ValueError(f"--model {name}: no such folder; run the stage that makes it first, or ./my_pipeline.sh")
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {name}: no config.json in it, so it holds no checkpoint")
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"--model {name}: its config.json cannot be read ({error!r}); the file is damaged") from None
     if kind != "nanochat":
         raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
     return folder

@@ -90,8 +90,8 @@ def _count(tokens: Iterable[int], reply: Reply, limit: int, end: int) -> Iterato
 def load_responder(folder: str) -> ModelResponder:
     """A checkpoint folder as a responder, named by its last two parts: `runs/tiny/rl` is the model `tiny-rl`."""
     from edu.inference.engine import Engine
+    from edu.model.load import load_model, load_tokenizer
     from edu.training.accelerator import autodetect_device_type
-    from edu.training.checkpoint import load_model, load_tokenizer
 
     model = load_model(folder, autodetect_device_type()).eval()
     tokenizer = load_tokenizer(folder)

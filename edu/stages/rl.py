@@ -19,6 +19,7 @@ from edu.evaluation.evals import evaluate_task
 from edu.evaluation.measure import measure_chat, read_measures, read_task, show_answers
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT
+from edu.model.load import load_model, load_tokenizer
 from edu.stages.objective import normaliser, surrogate, token_share
 from edu.stages.rollouts import (
     Rollout,
@@ -35,7 +36,7 @@ from edu.stages.rollouts import (
 )
 from edu.tasks import Rewarded, Subset, Task, load
 from edu.training.accelerator import compute_init
-from edu.training.checkpoint import Run, load_model, load_tokenizer
+from edu.training.checkpoint import Run
 from edu.training.loop import Result, Training, Update, generating, split_rows
 from edu.training.step import Term
 

@@ -9,8 +9,9 @@ from edu.data.packing import pack_rows
 from edu.evaluation.measure import mean_loss, measure_chat, read_measures, show_answers
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT
+from edu.model.load import load_model, load_tokenizer
 from edu.training.accelerator import compute_init
-from edu.training.checkpoint import Run, load_model, load_tokenizer
+from edu.training.checkpoint import Run
 from edu.training.loop import Result, Training, Update, split_rows
 from edu.training.step import Term
 

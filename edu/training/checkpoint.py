@@ -25,40 +25,15 @@ from torch import nn
 from edu.config.metrics import LOSS, SECONDS, STEP
 from edu.config.stages import StageConfig, as_settings
 from edu.data.atomic_io import sync, write_text
-from edu.data.hub_files import check_token, model_folder
+from edu.data.hub_files import check_token
 from edu.data.metrics_log import MetricsLog, read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.hub.push import Card, push, write_card
 from edu.model.gpt import GPT
+from edu.model.load import load_model, quiet_transformers
 from edu.training.accelerator import describe
 from edu.training.optimizer import MuonAdamW, sharded_as
 from edu.training.resume import check_resumable, push_advice
-
-
-def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
-    """A GPT from a folder or a Hub id, on a device; ValueError says what is missing."""
-    folder = model_folder(name)
-    quiet_transformers()
-    try:
-        model = GPT.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ValueError(f"--model {name}: its weights cannot be read ({error}); the file is damaged") from None
-    assert isinstance(model, GPT)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model
-
-
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer beside a model, in a folder or on the Hub."""
-    return Tokenizer.load(model_folder(name, ["config.json", "tokenizer*", "*.jinja"]))
-
-
-def quiet_transformers() -> None:
-    """No bars of transformers' own where stderr is not a terminal."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -128,7 +103,7 @@ class Run:
                     was = f"{self.folder} was trained by {len(positions)} processes"
                     raise ValueError(f"{was}: resume with as many, not {world}")
                 stream.load_state_dict(positions[self.accelerator.process_index])
-            inner, weights = self.accelerator.unwrap_model(model), GPT.from_pretrained(newest).state_dict()
+            inner, weights = self.accelerator.unwrap_model(model), load_model(str(newest)).state_dict()
             inner.load_state_dict({name: sharded_as(weights[name], p) for name, p in inner.state_dict().items()})
             path = newest / "state" / "optimizer.pt"
             device = self.accelerator.device
