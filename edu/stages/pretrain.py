@@ -1,10 +1,10 @@
 """Pretraining: predict the next token of every document. From shards and a tokenizer to a base model."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -81,40 +81,29 @@ def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
 
 
 class Documents:
-    """This process's endless batches of documents, and their position, which a checkpoint keeps."""
+    """Endless batches of documents with their position, which a checkpoint keeps."""
 
-    def __init__(
-        self, config: PretrainConfig, shards: Sequence[Path], tokenizer: Tokenizer, rank: int, world_size: int
-    ) -> None:
-        micro, _ = rows_per_pass(config, world_size)
-        self._open = partial(
-            stream_batches,
-            shards,
-            tokenizer,
-            micro,
-            config.sequence_length,
-            rank,
-            world_size,
-            on_bad=config.on_bad_shard,
-        )
-        self._state: LoaderState | None = None
-        self._batches: Iterator[tuple[Batch, LoaderState]] | None = None
+    def __init__(self, open_at: Callable[[LoaderState | None], Iterator[tuple[Batch, LoaderState]]]) -> None:
+        self.open_at, self.state = open_at, cast(LoaderState | None, None)
+
+    @cached_property
+    def batches(self) -> Iterator[tuple[Batch, LoaderState]]:
+        """Open the shards at the position, when the first batch is taken."""
+        return self.open_at(self.state)
 
     def take(self, count: int) -> list[Batch]:
         """Return the next `count` batches."""
-        if self._batches is None:
-            self._batches = self._open(state=self._state)
-        taken = list(islice(self._batches, count))
-        self._state = taken[-1][1]
-        return [batch for batch, _ in taken]
+        batches, states = zip(*islice(self.batches, count), strict=True)
+        self.state = states[-1]
+        return list(batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch taken; {} before the first one."""
-        return {} if self._state is None else self._state.to_dict()
+        return {} if self.state is None else self.state.to_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position."""
-        self._state = LoaderState.from_dict(state_dict)
+        self.state = LoaderState.from_dict(state_dict)
 
 
 def train(config: PretrainConfig) -> Result:
@@ -128,7 +117,8 @@ def train(config: PretrainConfig) -> Result:
     trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
     run = Run(config, "base", accelerator, tokenizer, trained_on)
     memory = peak_memory(accelerator.device.type)
-    stream = Documents(config, shards, tokenizer, rank, world)
+    open_shards = partial(stream_batches, shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard)
+    stream = Documents(lambda state: open_shards(rank, world, state))
     training = Training(run, make_model(config, tokenizer), stream)
     expected = announce(config, training)
 
@@ -150,8 +140,7 @@ def train(config: PretrainConfig) -> Result:
     def measure(model: GPT) -> dict[str, Any]:
         """Bits per byte on more held-out rows, beside unigrams and bigrams of the same tokens; what it all cost."""
         counted = min(tokens, NGRAM_TOKENS)
-        stream = stream_batches(shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard)
-        seen = (batch for batch, _ in islice(stream, counted // (micro * config.sequence_length)))
+        seen = (batch for batch, _ in islice(open_shards(), counted // (micro * config.sequence_length)))
         ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)
         bpb = {"model": bits_per_byte(model, validation(20), tokenizer.token_bytes()), **ngrams}
         grown = peak_memory(accelerator.device.type) - memory
