@@ -1,4 +1,7 @@
-"""Measure a model. Example: python scripts/eval_model.py --model runs/tiny/rl --task tiny --num-samples 8 --out rl.json"""
+"""Evaluate a model: bits per byte, problems solved, persona and facts.
+
+Example: python scripts/eval_model.py --model runs/tiny/rl --task tiny --num-samples 8 --out rl.json
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edu.config.cli import parse, run_script
+from edu.config.stages import Count, NonNegative, Seed
 
 if TYPE_CHECKING:
     from edu.evaluation.evals import Evaluation
@@ -29,28 +33,24 @@ class Args:
     """gsm8k's problems as a jsonl file, or a folder with test.jsonl; without it they come from the Hub."""
     persona: Path = Path("data/persona.yaml")
     """Who the model should be."""
-    num_samples: int = 1
+    num_samples: Count = 1
     """Answers to each problem; 1 is greedy."""
-    temperature: float | None = None
+    temperature: NonNegative | None = None
     """Default: 0 (greedy) for one sample, 1 for more."""
-    max_new_tokens: int = 96
+    max_new_tokens: Count = 96
     """A longer answer is cut off and counts as wrong."""
     calculator: bool = True
     """Whether the calculator answers when it is called; without, an answer ends at its first call."""
-    limit: int | None = None
+    limit: Count | None = None
     """Only the first so many problems, facts, or validation batches."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows of a validation batch."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the samples."""
     against: Path | None = None
     """An earlier --out, of another model: compare the two problem by problem."""
 
     def __post_init__(self) -> None:
-        for flag in ("num_samples", "max_new_tokens", "batch_size", "limit"):
-            value = getattr(self, flag)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag.replace('_', '-')} {value}: must be at least 1")
         if self.task not in (*TASKS, "gsm8k", "all") and ":" not in self.task:
             raise ValueError(f"--task {self.task}: must be {', '.join(TASKS)}, gsm8k, all, or file.py:name")
 

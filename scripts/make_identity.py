@@ -1,6 +1,6 @@
 """Challenge 6: write conversations in which the model learns who it is. Takes seconds with the embedded teacher.
 
-python scripts/make_identity.py --num 400 --out data/my_identity.jsonl
+Example: python scripts/make_identity.py --num 400 --out data/my_identity.jsonl
 
 With OPENAI_BASE_URL or OPENAI_API_KEY set, that endpoint writes them: add --model NAME. A rerun continues an unfinished file.
 """

@@ -1,4 +1,7 @@
-"""Pretrain on parquet shards. Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml"""
+"""Pretrain a model on the documents of parquet shards.
+
+Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml
+"""
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import PretrainConfig

@@ -1,4 +1,7 @@
-"""Reinforce right answers. Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml"""
+"""Reinforcement learning: sample answers, reward the right ones.
+
+Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml
+"""
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import RLConfig

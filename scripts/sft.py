@@ -1,4 +1,7 @@
-"""Fine-tune on conversations. Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml"""
+"""Supervised fine-tuning: train a base model to answer, on conversations.
+
+Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml
+"""
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import SFTConfig

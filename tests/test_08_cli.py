@@ -37,9 +37,17 @@ def run(*command: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["scripts/pretrain.py", "--max-steps", "0"], "error: --max-steps 0: must be at least 1"),
+        (["scripts/pretrain.py", "--max-steps", "0"], "error: --max-steps 0: must be greater than or equal to 1"),
         (["scripts/pretrain.py", "--on-bad-shard", "ignore"], "--on-bad-shard"),
         (["scripts/pretrain.py", "--config", "nowhere.yaml"], "error: nowhere.yaml: no such file"),
+        (["scripts/pretrain.py", "--config"], "error: --config: name a YAML file"),
+        (["scripts/pretrain.py", "--warmup", "-5"], "error: --warmup -5: must be greater than or equal to 0"),
+        (["scripts/pretrain.py", "--weight-decay", "inf"], "error: --weight-decay inf: must be finite"),
+        (["scripts/pretrain.py", "--layers", "0"], "error: --layers 0: must be greater than or equal to 1"),
+        (["scripts/pretrain.py", "--depth", "999999999"], "error: --depth 999999999: must be less than or equal to"),
+        (["scripts/sft.py", "--seed", "-1"], "error: --seed -1: must be greater than or equal to 0"),
+        (["scripts/sft.py", "--multi-turn", "nan"], "error: --multi-turn nan: must be finite"),
+        (["scripts/eval_model.py", "--limit", "0"], "error: --limit 0: must be greater than or equal to 1"),
         (
             ["scripts/pretrain.py", "--depth", "4", "--layers", "2"],
             "error: --depth 4 means as many layers: leave --layers 2",
@@ -60,6 +68,78 @@ def test_a_mistake_is_one_line_and_exit_code_2(command: list[str], message: str)
     assert code == 2, stderr
     assert message in stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sample_prompts: hi", "sample_prompts hi: must be a list"),
+        (b"sample_prompts: [1]", "sample_prompts [1]: must be a valid string"),
+        (b"weight_decay: .inf", "weight_decay inf: must be finite"),
+        (b"warmup: -5", "warmup -5: must be greater than or equal to 0"),
+        (b"max_steps: true", "max_steps True: must be a valid integer"),
+        (b"max_steps: '7'", "max_steps 7: must be a valid integer"),
+        (b"lr_scale: yes", "lr_scale True: must be a valid number"),
+        (b"lr_scale: 2e400", "lr_scale inf: must be finite"),
+        (b"out: 3", "out 3: must be a valid string"),
+        (b"compile: 1", "compile 1: must be a valid boolean"),
+        (b"data: {a: b}", "data {'a': 'b'}: must be a valid string"),
+        (b"log_with: mlflow", "log_with mlflow: must be 'tensorboard', 'wandb' or 'trackio'"),
+        (b"seed: 1\nseed: 2", "given twice: seed"),
+        (b"max-steps: 1\nmax_steps: 2", "max_steps is given twice"),
+        (b"steps: 1", "unknown setting 'steps'; known are"),
+        (b"- max_steps", "expected lines of `name: value`"),
+        (b"sample_prompts: &a [*a]", "sample_prompts"),
+        (b"[" * 5000, "nested too deep"),
+        (b"max_steps: !!int ''", "not YAML"),
+        (b"max_steps: !!python/object:os.system {}", "not YAML"),
+        ("max_steps: 7".encode("utf-16"), "not UTF-8"),
+        ("out: Stra\u00dfe".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_a_settings_file_that_is_wrong_is_named_with_the_setting(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"settings\.yaml") as caught:
+        parse(SFTConfig, ["--config", str(path)])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_config_made_in_python_is_checked_and_typed_as_one_from_a_command_line() -> None:
+    made: dict[str, object] = {"out": "here", "sample_prompts": ["a"], "problems": "none", "lr_scale": 1}
+    config = SFTConfig(**made)  # type: ignore[arg-type]
+    assert (config.out, config.sample_prompts, config.problems, config.lr_scale) == (Path("here"), ("a",), None, 1.0)
+    with pytest.raises(ValueError, match="--weight-decay inf: must be finite"):
+        SFTConfig(weight_decay=float("inf"))
+    with pytest.raises(ValueError, match="--eval-limit 0: must be"):
+        SFTConfig(eval_limit=0)
+
+
+@pytest.mark.parametrize("none", ["None", "none", "NONE"])
+def test_an_optional_setting_is_left_out_by_none_in_any_spelling(tmp_path: Path, none: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"persona: none.yaml\nproblems: {none}\nnum_problems: {none}\n")
+    for flags in (
+        ["--config", str(tmp_path / "a.yaml")],
+        ["--problems", none, "--num-problems", none],
+        [f"--problems={none}", f"--num-problems={none}"],
+    ):
+        config = parse(RLConfig, flags)
+        assert (config.problems, config.num_problems) == (None, None)
+    assert parse(SFTConfig, ["--out", none]).out == Path(none)  # a folder has to be somewhere
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in Path("scripts").glob("*.py")))
+def test_help_says_what_a_script_does_with_an_example_and_how_settings_come_from_a_file(script: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"scripts/{script}", "--help"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    about, options = done.stdout.split("options", 1)
+    usage, _, example = " ".join(about.split()).partition("Example: ")
+    assert f"scripts/{script}" in example
+    assert len(usage.split("]")[-1].split()) > 3
+    assert "--config" in options
 
 
 def test_help_needs_no_torch() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from edu.chat.chat_format import Rendered, render
-from edu.config.cli import read_yaml
+from edu.config.reading import read_yaml
 from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.rows import hub_rows, read_rows, text_field
 from edu.data.tokenizer import Tokenizer

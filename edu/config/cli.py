@@ -1,38 +1,63 @@
-"""The border where a command line becomes a config, and an error a message. No torch here: --help is instant."""
+"""Command lines and YAML files as configs, and mistakes as one line. No torch here: --help is instant."""
 
 import dataclasses
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from edu.config.network import settings_fault
+from edu.config.reading import read_yaml
+from edu.config.terminal import printable
 
 C = TypeVar("C")
-CONVERSIONS: dict[str, Callable[[Any], Any]] = {"Path": Path, "tuple": tuple, "bool": bool, "int": int, "float": float}
-"""How a YAML value becomes a field's, by a name in the field's type; the first that occurs counts."""
+CONFIG_HELP = (
+    "YAML file of settings, a line `name: value` each; flags beside it win. Example: --config recipes/tiny/sft.yaml"
+)
+
+
+def flag(name: str) -> str:
+    """Return a field's name as it is typed.
+
+    >>> flag("batch_size")
+    '--batch-size'
+    """
+    return f"--{name.replace('_', '-')}"
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
-    """Turn a command line into a config: defaults, then what `implied` says, then `--config file.yaml`, then flags."""
+    """Turn a command line into a config: defaults, then what `implied` derives, then `--config file.yaml`, then flags."""
     import tyro
 
-    args = list(sys.argv[1:] if argv is None else argv)
+    args, hints = list(sys.argv[1:] if argv is None else argv), type_hints(config_class)
     settings: dict[str, Any] = {}
     while (at := next((i for i, arg in enumerate(args) if arg == "--config" or arg.startswith("--config=")), -1)) >= 0:
         _, given, value = args.pop(at).partition("=")
         if not given:
             value = args.pop(at) if at < len(args) else ""
+        if not value:
+            raise ValueError("--config: name a YAML file of settings")
         settings |= read_settings(Path(value), config_class)
+    for at, arg in enumerate(args):  # tyro knows None, and no other spelling
+        name, _, value = arg.rpartition("=") if arg.startswith("--") else (args[at - 1] if at else "", "", arg)
+        if value.lower() == "none" and any(name == flag(each) and _optional(hints[each]) for each in hints):
+            args[at] = arg[: -len("none")] + "None"
     # tyro would frame what __post_init__ raises; parsed without it and made again, it stays one plain line.
-    unchecked = type(config_class.__name__, (config_class,), {"__doc__": config_class.__doc__, "__post_init__": _pass})
-    parsed = tyro.cli(unchecked, args=args, default=unchecked(**settings))
-    names = [field.name for field in dataclasses.fields(config_class)]  # type: ignore[arg-type]
-    values = {name: getattr(parsed, name) for name in names}
+    config_flag = ("config", Annotated[Path | None, tyro.conf.arg(help=CONFIG_HELP)], None)
+    options: Any = {"bases": (config_class,), "frozen": True, "kw_only": True}
+    unchecked = dataclasses.make_dataclass(
+        config_class.__name__, [config_flag], namespace={"__post_init__": _pass}, **options
+    )
+    about = re.sub(r"\s+Example: ", "\n\nExample: ", sys.modules["__main__"].__doc__ or "")
+    parsed = tyro.cli(unchecked, args=args, default=unchecked(**settings), description=about)
+    values = {name: checked(flag(name), hint, getattr(parsed, name)) for name, hint in hints.items()}
     if implied := getattr(config_class, "implied", None):
-        typed = {flag[2:].partition("=")[0].replace("-", "_") for flag in args if flag.startswith("--")}
-        values |= implied({name: values[name] for name in names if name in settings or name in typed})
+        typed = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+        values |= implied({name: values[name] for name in hints if name in settings or name in typed})
     return config_class(**values)
 
 
@@ -40,49 +65,61 @@ def _pass(_: Any) -> None:
     """Check nothing."""
 
 
-def read_yaml(path: Path) -> Any:
-    """A YAML file's content, or a ValueError that names the file and the line."""
-    import yaml
+@lru_cache
+def type_hints(config_class: type) -> dict[str, Any]:
+    """Return the annotation of each field of a dataclass, bounds included."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
 
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+
+def _optional(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
+def checked(label: str, hint: Any, value: Any) -> Any:
+    """Return a value as its annotation wants it: text as a path, a list as a tuple, `none` as None; numbers are finite.
+
+    Raises ValueError, which names `label` and the value, where type or bounds are not met.
+
+    >>> checked("--seed", int | None, "NONE"), checked("--out", Path, "runs").name
+    (None, 'runs')
+    >>> checked("--max-steps", int, True)
+    Traceback (most recent call last):
+    ValueError: --max-steps True: must be a valid integer
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if _optional(hint) and str(value).lower() == "none":
+        return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        return TypeAdapter(hint).validate_json(json.dumps(value, default=str, allow_nan=False), strict=True)
+    except ValidationError as error:
+        why = error.errors()[0]["msg"].replace("Input should be", "must be").replace("a valid array", "a list")
+    except (ValueError, RecursionError):  # of json.dumps
+        why = "must be finite"
+    raise ValueError(f"{label} {str(value)[:200]}: {why}")
+
+
+def check_fields(config: Any) -> None:
+    """Check each field of a frozen dataclass against its annotation, and give it the annotated type; for __post_init__."""
+    for name, hint in type_hints(type(config)).items():
+        object.__setattr__(config, name, checked(flag(name), hint, getattr(config, name)))
 
 
 def read_settings(path: Path, config_class: type) -> dict[str, Any]:
-    """Settings from a YAML file; ValueError names the file and the key that is not one of the config's."""
+    """Read settings from a YAML file; ValueError names the file, and the key that is not one of the config's."""
     loaded = read_yaml(path) or {}
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: expected lines of `name: value`")
-    types = {field.name: str(field.type) for field in dataclasses.fields(config_class)}
-    settings = {}
+    hints, settings = type_hints(config_class), dict[str, Any]()
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if name not in types:
-            raise ValueError(f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(types))}")
-        try:
-            settings[name] = _typed(value, types[name])
-        except (TypeError, ValueError):
-            raise ValueError(f"--config {path}: {key}: {value!r} is not a value of it ({types[name]})") from None
+        if name not in hints:
+            raise ValueError(f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(hints))}")
+        if name in settings:
+            raise ValueError(f"--config {path}: {name} is given twice")
+        settings[name] = checked(f"--config {path}: {key}", hints[name], value)
     return settings
-
-
-def _typed(value: Any, kind: str) -> Any:
-    """A YAML value as the field's type: YAML reads 2e-2 as text."""
-    if value is None and "None" in kind:
-        return None
-    for name, convert in CONVERSIONS.items():
-        if name in kind:
-            converted: Any = convert(value)
-            if name in ("int", "bool") and (converted != value or isinstance(value, bool) != (name == "bool")):
-                raise TypeError
-            return converted
-    if not isinstance(value, str):
-        raise TypeError
-    return value
 
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -116,6 +153,7 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         fault = settings_fault(error)
         if isinstance(error, ImportError) and not fault:
             raise
-        print(f"error: {error}" if fault in str(error) else f"error: {error}: {fault}", file=sys.stderr)
+        message = str(error) if fault in str(error) else f"{error}: {fault}"
+        print(f"error: {printable(message)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

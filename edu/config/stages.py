@@ -4,35 +4,22 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from edu.config.cli import check_fields, flag
 from edu.config.scaling import TUNED_BATCH, TUNED_DEPTH, Sizes, batch_tokens, vocab_size_of
 
 Advantage = Literal["mean", "mean_std", "leave_one_out"]
 Normalization = Literal["token", "sequence", "constant"]
-COUNTS = [
-    "max_steps",
-    "batch_size",
-    "micro_batch_size",
-    "sequence_length",
-    "save_every",
-    "keep",
-    "eval_every",
-    "eval_batches",
-    "val_every",
-    "eval_samples",
-    "eval_limit",
-    "eval_problems",
-    "num_problems",
-    "max_new_tokens",
-    "replay_rows",
-    "epochs",
-    "layers",
-    "channels",
-    "heads",
-    "kv_heads",
-    "depth",
-]  # settings that are at least 1
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Size = Annotated[int, Field(ge=1, le=10**6)]
+"""Of a model, in blocks, channels or heads."""
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,41 +28,41 @@ class StageConfig:
 
     out: Path
     """Folder of this stage; holds checkpoints, metrics and, after each save, the model itself."""
-    seed: int = 0
+    seed: Seed = 0
     """Every random draw is a function of this and the step."""
-    max_steps: int = 100
+    max_steps: Count = 100
     """Optimizer steps in all; the schedule ends there."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows a step, over all processes."""
-    micro_batch_size: int = 16
+    micro_batch_size: Count = 16
     """Rows a forward pass on one process at most, halved while memory runs out; the rest of batch_size is accumulated."""
-    matrix_lr: float = 0.02
+    matrix_lr: Positive = 0.02
     """Muon's learning rate, for the matrices of the blocks."""
-    embedding_lr: float = 0.2
+    embedding_lr: Positive = 0.2
     """AdamW's learning rate for the embedding, at 768 channels."""
-    head_lr: float = 0.004
+    head_lr: Positive = 0.004
     """AdamW's learning rate for the head, at 768 channels."""
-    lr_scale: float = 1.0
+    lr_scale: Positive = 1.0
     """Factor on the three learning rates."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled, on the matrices of the blocks."""
-    warmup: int = 10
+    warmup: Annotated[int, Field(ge=0)] = 10
     """Steps of linear warm-up."""
-    decay: float = 0.5
+    decay: Share = 0.5
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Largest gradient norm of a step."""
-    save_every: int = 100
+    save_every: Count = 100
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints kept."""
-    eval_every: int = 100
+    eval_every: Count = 100
     """Steps between evaluations; the last step is always evaluated."""
-    mixed_precision: str = "auto"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto, no (fp32), bf16 or fp16."""
     compile: bool = False
     """Compile the model with torch.compile: faster steps after about a minute."""
-    log_with: str | None = None
+    log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Tracker besides metrics.jsonl: tensorboard, wandb or trackio."""
     push_to_hub: str | None = None
     """Repository user/name to which the finished stage is pushed, as scripts/push.py does."""
@@ -83,16 +70,7 @@ class StageConfig:
     """Whether that repository is private."""
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"--{flag(name)} {value}: must be at least 1")
-        for name in ("matrix_lr", "embedding_lr", "head_lr", "lr_scale", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must be positive")
-        for name in ("decay", "multi_turn"):
-            if not 0 <= getattr(self, name, 0) <= 1:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: a share between 0 and 1")
+        check_fields(self)
         if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
             raise ValueError(f"--push-to-hub {self.push_to_hub}: name the repository as user/name")
         if self.hub_private and self.push_to_hub is None:
@@ -110,35 +88,33 @@ class PretrainConfig(StageConfig):
     """A shard or row group that cannot be read ends the run, or is named, counted and left out."""
     tokenizer: Path = Path("runs/tiny/tokenizer")
     """Folder written by scripts/train_tokenizer.py."""
-    depth: int | None = None
+    depth: Size | None = None
     """The one dial: sets layers, channels, heads, batch_size, lr_scale and max_steps, where they are not given."""
-    ratio: float = 12.0
+    ratio: Positive = 12.0
     """With a depth: tokens to train on for each parameter of blocks and head (nanochat's 12)."""
-    layers: int = 4
+    layers: Size = 4
     """Blocks."""
-    channels: int = 128
+    channels: Size = 128
     """Width of the residual stream."""
-    heads: int = 4
+    heads: Size = 4
     """Query heads."""
-    kv_heads: int = 2
+    kv_heads: Size = 2
     """Key/value heads; each serves heads / kv_heads query heads."""
-    sequence_length: int = 256
+    sequence_length: Count = 256
     """Tokens a row; also the model's context."""
-    max_steps: int = 600
-    warmup: int = 20
+    max_steps: Count = 600
+    warmup: Annotated[int, Field(ge=0)] = 20
     sample_prompts: tuple[str, ...] = ("The sky is", "Tom has 6 apples.", "Anna: What is your name?")
     """Texts continued at every evaluation."""
-    eval_batches: int = 8
+    eval_batches: Count = 8
     """Validation batches of batch_size rows an evaluation; twenty times as many at the end."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.depth is not None and self.layers != self.depth:
             raise ValueError(f"--depth {self.depth} means as many layers: leave --layers {self.layers} out")
-        if not self.ratio > 0 or (self.depth is None and self.ratio != PretrainConfig.ratio):
-            raise ValueError(f"--ratio {self.ratio}: must be positive, and goes with --depth")
-        if self.on_bad_shard not in ("error", "skip"):
-            raise ValueError(f"--on-bad-shard {self.on_bad_shard}: must be error or skip")
+        if self.depth is None and self.ratio != PretrainConfig.ratio:
+            raise ValueError(f"--ratio {self.ratio}: goes with --depth")
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,15 +159,15 @@ class ChatConfig(StageConfig):
     """Who it should say it is."""
     facts: Path | None = Path("data/tiny/chats_test.jsonl")
     """Held-out fact questions, asked at the end; none: not asked."""
-    max_new_tokens: int = 96
+    max_new_tokens: Count = 96
     """A longer answer is cut off and scores 0."""
-    eval_samples: int = 8
+    eval_samples: Count = 8
     """Samples of each held-out problem, for pass@k."""
     sample_prompts: tuple[str, ...] = ("Who are you?", "Who made you?", "What color is the sky?", "Tell me a story.")
     """Questions answered at every evaluation, for the report."""
-    multi_turn: float = 0.5
+    multi_turn: Share = 0.5
     """Share of the conversations that are trained on as further turns of another one, so that any turn may ask anything."""
-    eval_limit: int | None = None
+    eval_limit: Count | None = None
     """Measure on the first so many held-out problems only."""
 
 
@@ -204,12 +180,12 @@ class SFTConfig(ChatConfig):
     """Folder or Hub id of the model to start from."""
     data: Path = Path("recipes/tiny/mixture.yaml")
     """Mixture file, or one file of conversations (jsonl or parquet)."""
-    sequence_length: int = 256
+    sequence_length: Count = 256
     """Tokens a row; a longer conversation is left out, and counted."""
-    max_steps: int = 160
-    lr_scale: float = 0.5
-    decay: float = 1.0
-    val_every: int = 20
+    max_steps: Count = 160
+    lr_scale: Positive = 0.5
+    decay: Share = 1.0
+    val_every: Count = 20
     """One conversation in this many is held out for the validation loss."""
 
 
@@ -220,59 +196,49 @@ class RLConfig(ChatConfig):
     out: Path = Path("runs/tiny/rl")
     model: str = "runs/tiny/sft"
     """Folder or Hub id of the model to start from."""
-    num_problems: int | None = None
+    num_problems: Count | None = None
     """Train and measure on only the first so many training problems by seed (10: the demonstration)."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Problems a step, over all processes."""
-    samples: int = 8
+    samples: Count = 8
     """Rollouts of each problem, K."""
-    micro_batch_size: int = 16
-    max_steps: int = 200
+    micro_batch_size: Count = 16
+    max_steps: Count = 200
     reward: str | None = None
     """A reward function in TRL's signature in place of the task's: file.py:name or package.module:name (docs/tasks.md)."""
     advantage: Advantage = "mean"
     """Reward minus the group's mean; that over its standard deviation; or minus the mean of the others (docs/rl.md)."""
     normalization: Normalization = "token"
     """Every token weighs the same; every answer does; or every token against the longest answer allowed (docs/rl.md)."""
-    epochs: int = 1
+    epochs: Count = 1
     """Updates on the rollouts of a step; from the second on, ratios to the policy that sampled are clipped."""
-    clip_low: float = 0.2
+    clip_low: NonNegative = 0.2
     """A token that became less probable by more than this share is not pushed further down."""
-    clip_high: float = 0.28
+    clip_high: NonNegative = 0.28
     """A token that became more probable by more than this share is not pushed further up."""
-    kl: float = 0.0
+    kl: NonNegative = 0.0
     """Factor on the KL to the model that RL started from; 0: no such model is held."""
     dynamic_sampling: bool = False
     """Go on to further problems, in place of those whose answers all earn the same."""
-    lr_scale: float = 0.4
-    warmup: int = 5
-    decay: float = 1.0
+    lr_scale: Positive = 0.4
+    warmup: Annotated[int, Field(ge=0)] = 5
+    decay: Share = 1.0
     replay: Path | None = Path("recipes/tiny/replay.yaml")
     """SFT conversations mixed into every step, so that what is not rewarded is not forgotten."""
-    replay_weight: float = 0.3
+    replay_weight: NonNegative = 0.3
     """Factor on the replay's own loss."""
-    replay_rows: int = 8
+    replay_rows: Count = 8
     """Rows of replay a step, over all processes."""
-    eval_problems: int = 64
+    eval_problems: Count = 64
     """Held-out problems measured during training; the end measures all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: a group needs two or more, to say which one is better")
-        for name, choices in (("advantage", get_args(Advantage)), ("normalization", get_args(Normalization))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(choices)}")
-        for name in ("clip_low", "clip_high", "kl"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{flag(name)} {getattr(self, name)}: must not be negative")
-            if name != "kl" and self.epochs == 1 and getattr(self, name) != getattr(RLConfig, name):
-                raise ValueError(f"--{flag(name)}: nothing is clipped in one update; give --epochs 2 or more with it")
-
-
-def flag(name: str) -> str:
-    """A field's name as it is typed: batch_size -> batch-size."""
-    return name.replace("_", "-")
+        for name in ("clip_low", "clip_high"):
+            if self.epochs == 1 and getattr(self, name) != getattr(RLConfig, name):
+                raise ValueError(f"{flag(name)}: nothing is clipped in one update; give --epochs 2 or more with it")
 
 
 def as_settings(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from edu.config.cli import read_yaml
+from edu.config.reading import read_yaml
 
 CHAT_ONLY = ("greeting", "thanks", "bye")  # intents that nobody asks about: they open and close a conversation
 

@@ -3,7 +3,7 @@
 import json
 from shlex import quote
 
-from edu.config.cli import read_yaml
+from edu.config.reading import read_yaml
 from edu.config.stages import StageConfig, as_settings, flag
 
 # What may differ when a run is resumed: how it is saved, split and measured, not what is learnt.
@@ -20,7 +20,7 @@ def check_resumable(config: StageConfig) -> None:
     before, now = read_yaml(path), as_settings(config)
     changed = [name for name in now if name not in FREE_ON_RESUME and before.get(name) != now[name]]
     if changed:
-        what = ", ".join(f"--{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+        what = ", ".join(f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{config.out} holds a run with other settings ({what}): give its own, or another --out")
 
 
