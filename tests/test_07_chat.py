@@ -230,6 +230,42 @@ def test_cut_to_context_drops_the_oldest_turns_only(tokenizer: Tokenizer) -> Non
         cut_to_context(messages, tokenizer, sizes[2] - 1)
 
 
+def test_as_many_of_the_newest_turns_stay_as_fit(tokenizer: Tokenizer) -> None:
+    messages = [system("Be kind."), *SUM, user("b"), assistant("c"), *SUM, user("d e f"), assistant("g"), user("last")]
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    cuts = [[messages[0], *messages[start:]] for start in starts]
+    sizes = [len(render_prompt(cut, tokenizer)) for cut in cuts]
+    for limit in range(sizes[-1], sizes[0] + 1):
+        longest = next(cut for cut, size in zip(cuts, sizes, strict=True) if size <= limit)
+        assert cut_to_context(messages, tokenizer, limit) == longest
+
+
+def test_what_is_cut_from_a_history_was_checked_all_the_same(tokenizer: Tokenizer) -> None:
+    for first in (assistant("Hello!"), {"role": "bot", "content": "x"}, {"role": "user", "content": 7}):
+        with pytest.raises(ValueError, match="message 0"):
+            cut_to_context([first, *[user("a"), assistant("b")] * 50, user("last")], tokenizer, 20)
+    with pytest.raises(ValueError, match="message 1: role 'user'"):
+        cut_to_context([user("a"), *[user("a"), assistant("b")] * 50, user("last")], tokenizer, 20)
+
+
+def test_a_history_is_cut_in_time_linear_in_its_length(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = 0
+
+    def encode(text: str) -> list[int]:
+        nonlocal encoded
+        encoded += len(text)
+        return original(text)
+
+    original = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", encode)
+    history = [user("one two three"), assistant("four five six")] * 2000
+    kept = cut_to_context([system("S" * 40), *history, user("last")], tokenizer, 100)
+    assert len(kept) > 4
+    assert encoded < 1000
+    assert len(cut_to_context([*history, user("last")], tokenizer, 10**9)) == 4001
+    assert encoded < 4 * 13 * 4000
+
+
 @pytest.mark.parametrize(
     ("messages", "complaint"),
     [

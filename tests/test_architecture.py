@@ -39,7 +39,7 @@ CLOSURES = {
     4: (["model/gpt.py"], 970),
     5: (["inference/engine.py"], 1390),
     6: (["synthetic/identity.py"], 900),
-    7: (["chat/chat_format.py", "chat/sft_data.py"], 1375),
+    7: (["chat/chat_format.py", "chat/sft_data.py"], 1381),
     8: (["stages/sft.py"], 6000),
     9: (["tasks/gsm8k.py"], 660),
     10: (["stages/rl.py"], 6450),

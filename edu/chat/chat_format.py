@@ -185,15 +185,23 @@ def stream_text(ids: Iterable[int], tokenizer: Tokenizer, show_tools: bool = Fal
 
 
 def cut_to_context(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
-    """The messages without their oldest turns, so that the prompt has at most max_tokens tokens.
+    """Return the messages without their oldest turns, so that the prompt has at most max_tokens tokens.
 
-    A system message and the last user turn stay. ValueError if these alone are too long.
+    The whole list is checked; a system message and the last user turn stay. ValueError if these alone are too long.
+    Turns are counted once, from the newest, until they are too many, so a long history takes no more than its check.
     """
-    system = list(messages[:1]) if messages and messages[0]["role"] == "system" else []
-    turns = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
-    length = 0
-    for start in turns:
-        kept = system + list(messages[start:]) if start else list(messages)
+    messages = check_messages(messages)
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    # 1. Add up the turns one by one: an estimate, because the system message joins the text of the first turn.
+    length = 2 + sum(len(tokenizer.encode(message["content"])) for message in system)  # BOS, assistant_start
+    first, end = len(turns) - 1, len(messages)
+    while length <= max_tokens and first >= 0:
+        length += len(render(messages[turns[first] : end], tokenizer).ids) - 1
+        first, end = first - 1, turns[first]
+    # 2. Let the prompt itself decide, from one turn more than the estimate allows.
+    for start in turns[first + 1 :]:
+        kept = system + messages[start:]
         length = len(render_prompt(kept, tokenizer))
         if length <= max_tokens:
             return kept
