@@ -35,6 +35,7 @@ class Args:
 def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> list[dict[str, Any]]:
     """Print the assistant's turn as it is sampled; return it as messages. ValueError if the question is too long."""
     from edu.chat.chat_format import calculator_tool, cut_to_context, parse_completion, render_prompt, stream_text
+    from edu.inference.params import SamplingParams
 
     context = engine.config.max_position_embeddings
     room = max(context - args.max_new_tokens, context // 2)
@@ -44,10 +45,7 @@ def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: 
     def sampled() -> Iterator[int]:
         stream = engine.stream(
             prompt,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            stop_tokens=(tokenizer.assistant_end,),
+            SamplingParams(args.max_new_tokens, args.temperature, args.top_k, stop_tokens=[tokenizer.assistant_end]),
             seed=args.seed + len(messages),
             tool=calculator_tool(tokenizer),
         )

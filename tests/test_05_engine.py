@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from edu.fast.cpu_decoder import Decoder
 from edu.inference.engine import Engine, KVCache, generate_naive
+from edu.inference.params import SamplingParams
 from edu.inference.sampling import sample_tokens
 from edu.model.gpt import GPT
 
@@ -95,9 +96,9 @@ def test_a_tool_that_refuses_ends_its_sample_only(model: GPT) -> None:
 def test_streaming_gives_the_same_tokens_each_at_once(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = list[int]()
 
-    def watched(logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         steps.append(len(logits))
-        return sample_tokens(logits, *args, **options)
+        return sample_tokens(logits, *args)
 
     monkeypatch.setattr("edu.inference.engine.sample_tokens", watched)
     stream = Engine(model).stream(PROMPTS[1], max_new_tokens=15, seed=4)
@@ -112,9 +113,9 @@ def test_finished_rows_cost_nothing_and_waiting_prompts_take_their_place(
 ) -> None:
     rows, arrivals, prefill = list[int](), list[int](), Engine.prefill
 
-    def watched_sampling(logits: torch.Tensor, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched_sampling(logits: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         rows.append(len(logits))
-        return sample_tokens(logits, *args, **options)
+        return sample_tokens(logits, *args)
 
     def watched_prefill(self: Engine, *args: Any) -> torch.Tensor:
         arrivals.append(len(rows))
@@ -155,7 +156,7 @@ def test_sampled_frequencies_are_the_distribution() -> None:
     probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
     n = 20_000
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = sample_tokens(probs.log().expand(n, -1), uniforms)
+    tokens, logprobs = sample_tokens(probs.log().expand(n, -1), uniforms, SamplingParams())
     counts = tokens.bincount(minlength=5)
     chi_square = float(((counts - n * probs) ** 2 / (n * probs)).sum())
     assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
@@ -168,7 +169,7 @@ def test_sampled_frequencies_are_the_distribution() -> None:
 )
 def test_truncations_keep_what_they_say(options: dict[str, float], kept: set[int]) -> None:
     logits = torch.log(torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]])).expand(500, -1)
-    tokens, logprobs = sample_tokens(logits, torch.linspace(0, 0.9999, 500), **options)
+    tokens, logprobs = sample_tokens(logits, torch.linspace(0, 0.9999, 500), SamplingParams(**options))
     assert set(tokens.tolist()) == kept
     by_token = dict(zip(tokens.tolist(), logprobs.exp().tolist(), strict=True))
     assert sum(by_token.values()) == pytest.approx(1, abs=1e-5), "log-probabilities are of the truncated distribution"
@@ -178,7 +179,7 @@ def test_truncations_keep_what_they_say(options: dict[str, float], kept: set[int
 def test_the_least_and_the_greatest_number_never_give_an_impossible_token(u: float, token: int) -> None:
     """A draw just below 1 is 1 in fp32."""
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
-    tokens, logprobs = sample_tokens(logits, torch.tensor([u]))
+    tokens, logprobs = sample_tokens(logits, torch.tensor([u]), SamplingParams())
     assert tokens.item() == token
     assert logprobs.item() == pytest.approx(math.log(0.5))
 
@@ -189,7 +190,7 @@ def test_top_p_keeps_what_a_sort_of_the_whole_vocabulary_keeps() -> None:
     probs = logits.double().softmax(-1)
     uniforms = torch.linspace(0, 0.999, 8)
     for rows in (slice(0, 8), slice(6, 8)):
-        tokens, logprobs = sample_tokens(logits[rows], uniforms[rows], top_p=0.8)
+        tokens, logprobs = sample_tokens(logits[rows], uniforms[rows], SamplingParams(top_p=0.8))
         drawn = probs[rows].gather(1, tokens[:, None])
         ranked = probs[rows].sort(descending=True).values
         cumulative = ranked.cumsum(1)
@@ -313,6 +314,10 @@ def test_bad_requests_are_named(model: GPT) -> None:
         engine.generate([[1]], max_new_tokens=1, seed=[1, 2])
     with pytest.raises(ValueError, match="prompt 1 has tokens -1 to 50: the model knows 0 to 49"):
         engine.generate([[1], [50, -1]], max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        engine.generate([[1]], max_new_tokens=0)
+    with pytest.raises(TypeError, match="top_q"):
+        engine.generate([[1]], top_q=0.5)
     with pytest.raises(ValueError, match="num_samples=0"):
         engine.generate([[1]], 0, max_new_tokens=1)
 

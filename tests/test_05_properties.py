@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from test_04_model import random_gpt
 
 from edu.inference.engine import Engine, KVCache, generate_naive
-from edu.inference.sampling import Sample, sample_tokens
+from edu.inference.params import Sample, SamplingParams
+from edu.inference.sampling import sample_tokens
 from edu.model.gpt import GPT
 
 VOCABULARY, CONTEXT = 40, 48
@@ -150,10 +151,12 @@ def run(
     engine, met = Engine(model, rows), defaultdict[float, list[torch.Tensor]](list)
     engine.prefill = partial(engine.prefill, chunk=chunk)
 
-    def watched(logits: torch.Tensor, uniforms: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(
+        logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         for u, row in zip(uniforms.tolist(), logits, strict=True):
             met[u].append(row)
-        return sample_tokens(logits, uniforms, **how)
+        return sample_tokens(logits, uniforms, params)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edu.inference.engine.sample_tokens", watched)

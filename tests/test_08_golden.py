@@ -17,7 +17,7 @@ from small_stages import fill, reward_of, stages_in, steps_of
 
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine
-from edu.inference.sampling import Sample
+from edu.inference.params import Sample, SamplingParams
 from edu.stages import rl, rollouts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -28,15 +28,15 @@ TOLERANCE = 2e-5
 class Dice(Engine):
     """In place of the Engine: a token drawn from a model that another CPU computes is sooner or later another token."""
 
-    def generate(self, prompts: Any, num_samples: int = 1, *, max_new_tokens: int, seed: Any = 0, **_: Any) -> Any:
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+    def generate(self, _: Any, num_samples: int, params: SamplingParams, *, seed: Any, **options: Any) -> Any:
+        assert options.keys() == {"tool"}
 
         def sample(*numbers: int) -> Sample:
             rng = np.random.default_rng(numbers)
-            tokens = rng.integers(0, 300, rng.integers(1, max_new_tokens + 1)).tolist()
+            tokens = rng.integers(0, 300, rng.integers(1, params.max_new_tokens + 1)).tolist()
             return Sample(tokens, [1] * len(tokens), [-6.0] * len(tokens), "stop")
 
-        return [[sample(seed, k) for k in range(num_samples)] for seed in seeds]
+        return [[sample(each, k) for k in range(num_samples)] for each in seed]
 
 
 def curves(home: Path, tokenizer: Tokenizer) -> dict[str, dict[str, list[float]]]:

@@ -21,7 +21,7 @@ from edu.config.stages import Advantage, Normalization, RLConfig
 from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine
-from edu.inference.sampling import Sample
+from edu.inference.params import Sample
 from edu.stages import rl
 from edu.stages.objective import advantages, normaliser, surrogate, token_share
 from edu.stages.rollouts import (

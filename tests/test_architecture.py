@@ -37,7 +37,7 @@ CLOSURES = {
     2: (["data/loader.py"], 1315),
     3: (["training/accelerator.py"], 350),
     4: (["model/gpt.py"], 970),
-    5: (["inference/engine.py"], 1390),
+    5: (["inference/engine.py"], 1410),
     6: (["synthetic/identity.py"], 900),
     7: (["chat/chat_format.py", "chat/sft_data.py"], 1381),
     8: (["stages/sft.py"], 6000),

@@ -33,6 +33,7 @@ from edu.evaluation.evals import (
 )
 from edu.evaluation.statistics import bootstrap_over_problems, compare, pass_at_k, sign_test, wilson
 from edu.inference.engine import Engine
+from edu.inference.params import SamplingParams
 from edu.model.gpt import GPT, GPTConfig
 from edu.synthetic.persona import IdentityQuestion, load_persona
 from edu.tasks.gsm8k import GSM8K
@@ -122,9 +123,9 @@ class Scripted:
         self.calls: list[dict[str, Any]] = []
         self.config = SimpleNamespace(max_position_embeddings=256)
 
-    def generate(self, prompts: list[list[int]], num_samples: int = 1, **options: Any) -> list[list[Any]]:
+    def generate(self, prompts: list[list[int]], num_samples: int, params: SamplingParams, **options: Any) -> Any:
         assert len(options["seed"]) == len(prompts)
-        self.calls.append(options)
+        self.calls.append(vars(params) | options)
         return [self.answers[tuple(prompt)][:num_samples] for prompt in prompts]
 
 
@@ -176,7 +177,7 @@ def test_greedy_evaluation_counts_right_finished_answers(engine: Any, tokenizer:
     assert (options["temperature"], options["max_new_tokens"], options["stop_tokens"]) == (
         0.0,
         50,
-        [tokenizer.assistant_end],
+        {tokenizer.assistant_end},
     )
 
 

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from edu.data.tokenizer import Tokenizer
+from edu.inference.params import SamplingParams
 from edu.serving.protocol import ChatRequest, Reply
 from edu.serving.server import ModelResponder, listen, make_app, run_in_thread, until_stop
 
@@ -230,9 +231,9 @@ class Scripted:
     def __init__(self, tokens: list[int]) -> None:
         self.tokens, self.options = tokens, {}
 
-    def stream(self, prompt: list[int], **options: Any) -> Iterator[int]:
-        self.options = options | {"prompt": prompt}
-        return iter(self.tokens[: options["max_new_tokens"]])
+    def stream(self, prompt: list[int], params: SamplingParams, **options: Any) -> Iterator[int]:
+        self.options = vars(params) | options | {"prompt": prompt}
+        return iter(self.tokens[: params.max_new_tokens])
 
 
 def responder(tokenizer: Tokenizer, tokens: Iterable[int], context: int = 64) -> ModelResponder:
@@ -255,7 +256,7 @@ def test_a_models_reply_is_its_text_up_to_the_end_token(tokenizer: Tokenizer) ->
     assert reply.finish_reason == "stop"
     assert reply.prompt_tokens == len(options["prompt"])
     assert reply.completion_tokens == len(tokenizer.encode("Où? 🙂")) + 1
-    assert (options["temperature"], options["seed"], options["stop_tokens"]) == (0.0, 3, [tokenizer.assistant_end])
+    assert (options["temperature"], options["seed"], options["stop_tokens"]) == (0.0, 3, {tokenizer.assistant_end})
     assert options["prompt"][-1] == tokenizer.assistant_start
 
 

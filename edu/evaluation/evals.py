@@ -7,7 +7,7 @@ Saved as `x.json` (summaries) and `x.jsonl` (records), so that any number can be
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from edu.data.rows import read_rows, text_field
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.bits_per_byte import sum_bits, text_nats
 from edu.evaluation.statistics import Comparison, bootstrap_over_problems, compare, pass_at_k, wilson
+from edu.inference.params import Sample, SamplingParams
 from edu.synthetic.persona import IdentityQuestion, Persona, grade
 from edu.tasks import Task, completion_text, score
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edu.data.packing import Batch
-    from edu.inference.engine import Engine, Sample
+    from edu.inference.engine import Engine
 
 Record = dict[str, Any]
 Chat = Sequence[Message]
@@ -46,54 +47,47 @@ class Evaluation:
     """What the summary was computed from"""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; temperature 0 is greedy."""
-
-    num_samples: int = 1
-    temperature: float = 0.0
-    max_new_tokens: int = 64
-    seed: int = 0
-    calculator: bool = True
-
-    def __post_init__(self) -> None:
-        if self.temperature == 0 and self.num_samples > 1:
-            raise ValueError(f"--temperature 0 with --num-samples {self.num_samples}: greedy answers are all the same")
-
-
 def ask(
-    engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], sampling: Sampling, label: str, quiet: bool
-) -> "Iterator[list[Sample]]":
+    engine: "Engine",
+    tokenizer: Tokenizer,
+    chats: Sequence[Chat],
+    params: SamplingParams,
+    label: str,
+    quiet: bool,
+    *,
+    num_samples: int = 1,
+    seed: int = 0,
+    calculator: bool = True,
+) -> Iterator[list[Sample]]:
     """Let the model answer conversations, calculator at hand or not; the samples of each, in order.
 
     Conversation i has its own seed, made of the seed and i: what it gets does not depend on how many others are asked.
     One that does not fit into the model's context stays unanswered: samples without a token, truncated.
     Without the calculator an answer ends where stock transformers ends it, at a call too, since nobody answers that.
     """
-    from edu.inference.engine import Sample
-
+    if params.temperature == 0 and num_samples > 1:
+        raise ValueError(f"--temperature 0 with --num-samples {num_samples}: greedy answers are all the same")
+    stops = [tokenizer.assistant_end, *([] if calculator else [tokenizer.python_end, tokenizer.bos])]
+    params = replace(params, stop_tokens=stops)
     prompts = [render_prompt(messages, tokenizer) for messages in chats]
-    unanswered = [tokenizer.python_end, tokenizer.bos]
-    seeds = [int(np.random.SeedSequence((sampling.seed, i)).generate_state(1)[0]) for i in range(len(prompts))]
+    seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(len(prompts))]
     with progress(len(prompts), label, quiet=quiet) as bar:
         for start in range(0, len(prompts), CHUNK):
             chunk = range(start, min(start + CHUNK, len(prompts)))
             fitting = [i for i in chunk if len(prompts[i]) < engine.config.max_position_embeddings]
             groups = engine.generate(
                 [prompts[i] for i in fitting],
-                sampling.num_samples,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                stop_tokens=[tokenizer.assistant_end, *([] if sampling.calculator else unanswered)],
+                num_samples,
+                params,
                 seed=[seeds[i] for i in fitting],
-                tool=calculator_tool(tokenizer) if sampling.calculator else None,
+                tool=calculator_tool(tokenizer) if calculator else None,
             )
             bar.advance(len(chunk), tokens=sum(len(sample.tokens) for group in groups for sample in group))
             found = dict(zip(fitting, groups, strict=True))
-            yield from (found.get(i) or [Sample() for _ in range(sampling.num_samples)] for i in chunk)
+            yield from (found.get(i) or [Sample() for _ in range(num_samples)] for i in chunk)
 
 
-def _sample_record(sample: "Sample", tokenizer: Tokenizer) -> Record:
+def _sample_record(sample: Sample, tokenizer: Tokenizer) -> Record:
     """`text` is what is graded; `with_tools` shows the calculator's work as well."""
     return {
         "text": completion_text(sample.tokens, tokenizer),
@@ -120,9 +114,10 @@ def evaluate_task(
 ) -> Evaluation:
     """Let the model solve the task's first `limit` problems, each as the next turn after `before`: greedily, or with num_samples each."""
     examples = [task.get_example(i) for i in range(len(task) if limit is None else min(limit, len(task)))]
-    sampling = Sampling(num_samples, temperature, max_new_tokens, seed, calculator)
+    params = SamplingParams(max_new_tokens, temperature)
+    drawn = {"num_samples": num_samples, "seed": seed, "calculator": calculator}
     chats = [[*before, *example["messages"]] for example in examples]
-    groups = ask(engine, tokenizer, chats, sampling, "problems", quiet)
+    groups = ask(engine, tokenizer, chats, params, "problems", quiet, **drawn)
     records: list[Record] = []
     for index, (example, group) in enumerate(zip(examples, groups, strict=True)):
         record = {"index": index, "prompt": example["messages"][-1]["content"], "answer": example["answer"]}
@@ -210,7 +205,7 @@ def evaluate_persona(
 ) -> Evaluation:
     """Greedy answers to held-out identity questions, each graded on three counts; an unfinished answer fails them all."""
     chats = [[{"role": "user", "content": question.question}] for question in questions]
-    records = _greedy(engine, tokenizer, chats, Sampling(max_new_tokens=max_new_tokens), "persona", quiet)
+    records = _greedy(engine, tokenizer, chats, SamplingParams(max_new_tokens, 0), "persona", quiet)
     for question, record in zip(questions, records, strict=True):
         finished = record["finish_reason"] == "stop"
         grades = asdict(grade(record["text"], question.intent, persona))
@@ -243,7 +238,7 @@ def evaluate_facts(
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
         chats.append(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
-    records = _greedy(engine, tokenizer, chats, Sampling(max_new_tokens=max_new_tokens), "facts", quiet)
+    records = _greedy(engine, tokenizer, chats, SamplingParams(max_new_tokens, 0), "facts", quiet)
     for record, answer in zip(records, answers, strict=True):
         found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", record["text"], re.IGNORECASE)
         record.update(answer=answer, right=record["finish_reason"] == "stop" and found is not None)
@@ -256,10 +251,10 @@ def summarise_facts(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _greedy(
-    engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], sampling: Sampling, label: str, quiet: bool
+    engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], params: SamplingParams, label: str, quiet: bool
 ) -> list[Record]:
     """One answer to each conversation, as a record."""
-    groups = ask(engine, tokenizer, chats, sampling, label, quiet)
+    groups = ask(engine, tokenizer, chats, params, label, quiet)
     return [
         {"index": i, "prompt": chat[-1]["content"], **_sample_record(sample, tokenizer)}
         for i, (chat, (sample,)) in enumerate(zip(chats, groups, strict=True))

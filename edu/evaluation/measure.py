@@ -16,6 +16,7 @@ from edu.evaluation import evals
 from edu.evaluation.estimates import measures as figures_of
 from edu.evaluation.evals import Evaluation
 from edu.inference.engine import Engine
+from edu.inference.params import SamplingParams
 from edu.model.gpt import GPT
 from edu.synthetic.persona import IdentityQuestion, Persona, load_identity_eval, load_persona
 from edu.tasks import Task, load
@@ -37,7 +38,7 @@ def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
 def show_answers(engine: Engine, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int) -> list[Shown]:
     """Greedy answers to questions, calls of tools included, as lines of samples.jsonl."""
     chats = [[{"role": "user", "content": question}] for question in questions]
-    groups = evals.ask(engine, tokenizer, chats, evals.Sampling(max_new_tokens=max_new_tokens), "samples", quiet=True)
+    groups = evals.ask(engine, tokenizer, chats, SamplingParams(max_new_tokens, 0), "samples", quiet=True)
     texts = ["".join(stream_text(sample.tokens, tokenizer, show_tools=True)) for (sample,) in groups]
     return [{"prompt": question, "completion": text} for question, text in zip(questions, texts, strict=True)]
 
@@ -45,7 +46,7 @@ def show_answers(engine: Engine, tokenizer: Tokenizer, questions: Sequence[str],
 def show_continuations(engine: Engine, tokenizer: Tokenizer, beginnings: Sequence[str], count: int) -> list[Shown]:
     """Greedy continuations of texts, up to the document's end, as lines of samples.jsonl."""
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in beginnings]
-    groups = engine.generate(prompts, max_new_tokens=count, temperature=0, stop_tokens=[tokenizer.bos])
+    groups = engine.generate(prompts, params=SamplingParams(count, 0, stop_tokens=[tokenizer.bos]))
     texts = [tokenizer.decode(sample.tokens, skip_special=True) for (sample,) in groups]
     return [{"prompt": text, "completion": more} for text, more in zip(beginnings, texts, strict=True)]
 

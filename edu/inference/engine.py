@@ -8,8 +8,9 @@ B rows, K samples of a prompt, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from edu.fast.cpu_decoder import Decoder
-from edu.inference.sampling import Sample, check_request, sample_tokens
+from edu.inference.params import Sample, SamplingParams
+from edu.inference.sampling import sample_tokens
 from edu.model.gpt import GPT
 from edu.model.kv_cache import KVCache
 
 Tool = Callable[[list[int]], list[int]]
 """New tokens so far -> tokens to force, [] for none; raises ValueError to end the sample."""
 
+DEFAULTS = SamplingParams()
 MAX_ROWS = 128
 """Rows decoded at once unless told otherwise."""
 PREFILL_CHUNK = 1024
@@ -67,40 +70,33 @@ class Engine:
         self,
         prompts: Sequence[list[int]],
         num_samples: int = 1,
+        params: SamplingParams = DEFAULTS,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: Sequence[int] = (),
         seed: int | Sequence[int] = 0,
         tool: Tool | None = None,
+        **options: Any,
     ) -> list[list[Sample]]:
-        """Samples [prompt][sample]. Sample k of a prompt draws from (its seed, k), wherever it stands in the batch."""
+        """Return samples [prompt][sample]. Sample k of a prompt draws from (its seed, k), wherever it stands in the batch.
+
+        Keywords of SamplingParams replace what `params` says.
+        """
         samples = [[Sample() for _ in range(num_samples)] for _ in prompts]
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        for _ in self._run(prompts, samples, max_new_tokens, options, set(stop_tokens), seed, tool):
+        for _ in self._run(prompts, samples, replace(params, **options), seed, tool):
             pass
         return samples
 
     def stream(
         self,
         prompt: list[int],
+        params: SamplingParams = DEFAULTS,
         *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        stop_tokens: Sequence[int] = (),
         seed: int = 0,
         tool: Tool | None = None,
+        **options: Any,
     ) -> Iterator[int]:
-        """The tokens of one sample, each as soon as it is known."""
+        """Yield the tokens of one sample, each as soon as it is known."""
         samples = [[Sample()]]
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        for _ in self._run([prompt], samples, max_new_tokens, options, set(stop_tokens), seed, tool):
+        for _ in self._run([prompt], samples, replace(params, **options), seed, tool):
             yield samples[0][0].tokens[-1]
 
     @torch.inference_mode()
@@ -108,9 +104,7 @@ class Engine:
         self,
         prompts: Sequence[list[int]],
         samples: list[list[Sample]],
-        max_new_tokens: int,
-        options: dict,
-        stop_tokens: set[int],
+        params: SamplingParams,
         seed: int | Sequence[int],
         tool: Tool | None,
     ) -> Iterator[None]:
@@ -121,11 +115,11 @@ class Engine:
         3. Drop the finished rows, moving rows from the end into their places, and decode the others.
         """
         context = self.config.max_position_embeddings
-        check_request(prompts, samples, seed, max_new_tokens, context, self.config.vocab_size, options)
+        check_request(prompts, samples, seed, context, self.config.vocab_size)
         seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
         K = len(samples[0]) if samples else 0
         capacity = max(K, min(self.max_rows, K * len(prompts)))
-        room = min(context, max(map(len, prompts), default=0) + max_new_tokens)
+        room = min(context, max(map(len, prompts), default=0) + params.max_new_tokens)
         if not self.decoder.is_current:
             self.decoder = Decoder(self.model)
         cache = KVCache(capacity, room, self.model)
@@ -144,13 +138,13 @@ class Engine:
                 cache.copy_rows(list(at), [place for place, _, _ in forks], longest, fresh)
                 logits = torch.cat((logits, first.repeat_interleave(K, 0)))
                 for _, i, k in forks:
-                    limit = min(max_new_tokens, context - len(prompts[i]))
+                    limit = min(params.max_new_tokens, context - len(prompts[i]))
                     draws = np.random.default_rng((seeds[i], k))
                     rows.append(_Row(len(prompts[i]), limit, samples[i][k], draws.random))
             uniforms = torch.tensor([row.random() for row in rows], device=self.device)
-            chosen, logprobs = sample_tokens(logits, uniforms, **options)
+            chosen, logprobs = sample_tokens(logits, uniforms, params)
             live = [
-                _advance(row, token, logprob, stop_tokens, tool)
+                _advance(row, token, logprob, params.stop_tokens, tool)
                 for row, token, logprob in zip(rows, chosen.tolist(), logprobs.tolist(), strict=True)
             ]
             yield
@@ -192,7 +186,7 @@ def _alike(arrivals: Sequence[int], prompts: Sequence[list[int]]) -> list[list[i
     return groups
 
 
-def _advance(row: _Row, token: int, logprob: float, stop_tokens: set[int], tool: Tool | None) -> bool:
+def _advance(row: _Row, token: int, logprob: float, stop_tokens: Collection[int], tool: Tool | None) -> bool:
     """Give a row its next token, forced or else the sampled one; False when that ends it."""
     sample, forced = row.sample, bool(row.forced)
     sample.tokens.append(row.forced.popleft() if forced else token)
@@ -208,6 +202,27 @@ def _advance(row: _Row, token: int, logprob: float, stop_tokens: set[int], tool:
             sample.finish_reason = "tool_error"
             return False
     return len(sample.tokens) < row.limit
+
+
+def check_request(
+    prompts: Sequence[list[int]],
+    samples: Sequence[list[Sample]],
+    seed: int | Sequence[int],
+    context: int,
+    vocabulary: int,
+) -> None:
+    """Refuse what cannot be sampled, with a message that says why."""
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < context:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens: the context holds 1 to {context - 1} and an answer")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise ValueError(
+                f"prompt {i} has tokens {min(prompt)} to {max(prompt)}: the model knows 0 to {vocabulary - 1}"
+            )
+    if not all(samples):
+        raise ValueError("num_samples=0: ask for at least one")
+    if not isinstance(seed, int) and len(seed) != len(prompts):
+        raise ValueError(f"{len(seed)} seeds for {len(prompts)} prompts: give one each")
 
 
 @torch.inference_mode()

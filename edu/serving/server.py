@@ -58,6 +58,7 @@ class ModelResponder:
     def respond(self, request: ChatRequest) -> Reply:
         """Cut the oldest turns so that a quarter of the context is free, then decode until the end or the limit."""
         from edu.chat.chat_format import calculator_tool, cut_to_context, render_prompt, stream_text
+        from edu.inference.params import SamplingParams
 
         wanted = request.max_completion_tokens or request.max_tokens or self.context
         room = min(wanted, self.context // 4)
@@ -65,12 +66,10 @@ class ModelResponder:
         prompt = render_prompt(messages, self.tokenizer)
         limit = min(wanted, self.context - len(prompt))
         end = self.tokenizer.assistant_end
+        temperature = 1.0 if request.temperature is None else request.temperature
         tokens = self.engine.stream(
             prompt,
-            max_new_tokens=limit,
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=request.top_p,
-            stop_tokens=[end],
+            SamplingParams(limit, temperature, top_p=request.top_p, stop_tokens=[end]),
             seed=request.drawn_seed,
             tool=calculator_tool(self.tokenizer),
         )

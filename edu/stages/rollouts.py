@@ -17,7 +17,8 @@ from edu.chat.chat_format import calculator_tool, render_prompt, stream_text
 from edu.config import metrics
 from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.tokenizer import Tokenizer
-from edu.inference.engine import Engine, Sample
+from edu.inference.engine import Engine
+from edu.inference.params import Sample, SamplingParams
 from edu.model.gpt import GPT
 from edu.stages.objective import Advantage, advantages
 from edu.tasks import Example, Subset, Task, score
@@ -72,8 +73,7 @@ def roll_out(
     groups = engine.generate(
         prompts,
         num_samples,
-        max_new_tokens=max_new_tokens,
-        stop_tokens=[tokenizer.assistant_end],
+        SamplingParams(max_new_tokens, stop_tokens=[tokenizer.assistant_end]),
         seed=seeds,
         tool=calculator_tool(tokenizer),
     )
