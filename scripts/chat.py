@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from edu.config.cli import parse, run_script
+from edu.config.terminal import printable
 
 if TYPE_CHECKING:
     from edu.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: 
             yield token
 
     for text in stream_text(sampled(), tokenizer, args.show_tools):
-        print(text, end="", flush=True)
+        print(printable(text), end="", flush=True)
     print()
     return parse_completion(tokens, tokenizer)
 
@@ -75,7 +76,7 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args
         try:
             messages = check_messages([*asked, *answer(engine, tokenizer, asked, args)])
         except ValueError as error:
-            print(f"(not kept: {error})")
+            print(f"(not kept: {printable(error)})")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edu.config.cli import parse, run_script
+from edu.config.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def main() -> int:
         from edu.data.shards import read_manifest, verify_folder
 
         problems = verify_folder(out)
-        print("\n".join(problems) or f"{out}: all {len(read_manifest(out))} shards are right")
+        print(printable("\n".join(problems)) or f"{out}: all {len(read_manifest(out))} shards are right")
         return 1 if problems else 0
     return write_tiny(args, out) if args.source == "tiny" else download(args, out)
 
@@ -95,7 +96,7 @@ def download(args: Args, out: Path) -> int:
         failed = download_shards(indices, out, source, workers=args.workers, on_progress=show)
     print(f"{out}: {len(indices) - len(failed)} of {len(indices)} shards are there")
     for error in failed.values():
-        print(f"missing: {error}", file=sys.stderr)
+        print(f"missing: {printable(error)}", file=sys.stderr)
     return 1 if failed else 0
 
 

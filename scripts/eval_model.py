@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import Count, NonNegative, Seed
+from edu.config.terminal import printable
 
 if TYPE_CHECKING:
     from edu.evaluation.evals import Evaluation
@@ -119,7 +120,7 @@ def main() -> None:
         save(args.out, about | {"compared": compared}, found)
     for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
         if "by_template" not in path:  # a long table: it is in the file
-            print(" / ".join(path), "=", number)
+            print(printable(" / ".join(path)), "=", number)
     for name, comparison in compared.items():
         print(f"{name}, against {args.against}:", json.dumps(comparison))
 

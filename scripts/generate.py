@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from edu.config.cli import parse, run_script
+from edu.config.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def main() -> int:
             found.append(list(tokens))
             seconds.append(time.perf_counter() - started)
         if count == args.n:
-            print(args.prompt + tokenizer.decode(found[1]))
+            print(printable(args.prompt + tokenizer.decode(found[1])))
         same &= found[0] == found[1]
         naive, cached = (count / each for each in seconds)
         verdict = "same tokens" if found[0] == found[1] else "DIFFERENT TOKENS"

@@ -8,6 +8,7 @@ With OPENAI_BASE_URL or OPENAI_API_KEY set, that endpoint writes them: add --mod
 import os
 
 from edu.config.cli import parse, run_script
+from edu.config.terminal import printable
 from edu.synthetic.identity import IdentityConfig, Summary, make_identity
 
 
@@ -40,7 +41,9 @@ def report(config: IdentityConfig, summary: Summary) -> None:
         print(f"from {summary.model}: {summary.tokens_in:,} tokens sent, {summary.tokens_out:,} received, ${cost:.2f}")
         print(f"{summary.refused} replies refused and asked for again, {len(summary.given_up)} given up")
     if summary.given_up:
-        print(f"the last problem: {summary.last_problem}; run the same command to ask for the missing ones again")
+        print(
+            f"the last problem: {printable(summary.last_problem)}; run the same command to ask for the missing ones again"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from edu.config.cli import parse, run_script
+from edu.config.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,10 @@ def main() -> None:
     index = random.Random(args.seed).randrange(len(task))
     example = task.get_example(index)
     by_bytes = Tokenizer({bytes([byte]): byte for byte in range(256)})  # shows any prompt, without a trained vocabulary
-    print(f"problem {index} of {len(task)} ({args.split})\n\n{example['messages'][-1]['content']}\n")
-    print(f"ground truth: {example['answer']}\n\nworked answer:\n{example['solution']}\n")
-    print(f"prompt: {by_bytes.decode(render_prompt(example['messages'], by_bytes))}")
+    question, prompt = example["messages"][-1]["content"], by_bytes.decode(render_prompt(example["messages"], by_bytes))
+    print(f"problem {index} of {len(task)} ({args.split})\n\n{printable(question)}\n")
+    print(f"ground truth: {printable(example['answer'])}\n\nworked answer:\n{printable(example['solution'])}\n")
+    print(f"prompt: {printable(prompt)}")
     print(
         f"reward of the worked answer: {task.reward(example, example['solution'])}, of 'I give up': {task.reward(example, 'I give up')}"
     )
