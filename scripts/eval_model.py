@@ -104,7 +104,7 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
 
 def main() -> None:
     args = parse(Args)
-    from edu.evaluation.estimates import measures
+    from edu.evaluation.estimates import estimates
     from edu.evaluation.evals import compare_records, read_records, save
 
     earlier = read_records(args.against) if args.against else {}
@@ -118,7 +118,7 @@ def main() -> None:
     }
     if args.against:
         save(args.out, about | {"compared": compared}, found)
-    for path, number in measures({name: evaluation.summary for name, evaluation in found.items()}):
+    for path, number in estimates({name: evaluation.summary for name, evaluation in found.items()}):
         if "by_template" not in path:  # a long table: it is in the file
             print(printable(" / ".join(path)), "=", number)
     for name, comparison in compared.items():

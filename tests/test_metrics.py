@@ -10,7 +10,7 @@ from edu.config import metrics
 from edu.config.metrics import DEFINITIONS, LOSS
 from edu.config.terminal import progress
 from edu.data.metrics_log import MetricsLog, read_metrics
-from edu.evaluation.estimates import measures
+from edu.evaluation.estimates import estimates
 
 
 def steps(path: Path) -> list[int]:
@@ -105,7 +105,7 @@ def test_intervals_and_plain_numbers_are_told_apart_at_any_depth() -> None:
         "kept": True,
         "odd": [1, 2],
     }
-    assert {" / ".join(path): str(measure) for path, measure in measures(tree)} == {
+    assert {" / ".join(path): str(estimate) for path, estimate in estimates(tree)} == {
         "bpb / model": "0.310 [0.300, 0.320], n=400",
         "math / sampled / pass@1": "70.0% [65.0, 75.0]",
         "math / sampled / pass@8": "90.0%",

@@ -103,10 +103,34 @@ def test_samples_show_the_first_and_the_last_answer_and_cannot_inject_markup(run
     assert "Who are &lt;you&gt;?" in text
 
 
+EVIL = "<script>alert(1)</script>\x1b[2J\x9b\u202e [x](javascript:a) ![y](//z) $\\frac$ </svg>"
+
+
+def test_nothing_that_a_run_holds_is_obeyed_by_browser_terminal_or_markdown_viewer(run: Path) -> None:
+    rows = [{"step": step, "loss": 1.0, f"pass@{EVIL}": 0.5, EVIL: 1} for step in range(3)]
+    (run / "sft" / "metrics.jsonl").write_text(jsonl(rows))
+    (run / "sft" / "samples.jsonl").write_text(jsonl([{"step": 0, "prompt": EVIL, "completion": f"a\r\n{EVIL}\n# b"}]))
+    figures = {EVIL: {EVIL: 0.5, "deep": {EVIL: 1}}, "bpb": {"unigram": 2.0}, "environment": {EVIL: EVIL}}
+    (run / "sft" / "eval.json").write_text(json.dumps(figures))
+    (run / "base" / "config.yaml").write_text(json.dumps({EVIL: EVIL}))
+    (run / "rl" / "config.yaml").write_text(f"{EVIL}: [")
+    page = checked(write_report(run))
+    text = (run / "report.md").read_text()
+    assert page.count("&lt;script&gt;") >= 7
+    assert "<script" not in page
+    for written in (page, text, *(path.read_text() for path in (run / "report").glob("*.svg"))):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", written)
+    prose = re.sub("^    .*$", "", text, flags=re.MULTILINE)  # code is shown as it is
+    assert "<script" not in prose
+    assert "[x](" not in prose
+    assert "[y](" not in prose
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [text.splitlines()[0]]
+
+
 def test_markdown_tells_the_same_and_its_figures_exist(run: Path) -> None:
     write_report(run)
     text = (run / "report.md").read_text()
-    assert "| greedy | 45.0% \\[40.0, 50.0\\], n=300 | 82.0% \\[77.0, 87.0\\], n=300 |" in text
+    assert "| greedy | 45.0% [40.0, 50.0], n=300 | 82.0% [77.0, 87.0], n=300 |" in text
     images = re.findall(r"!\[.*?\]\((.+?)\)", text)
     assert images
     assert all((run / image).read_text().startswith("<svg") for image in images)

@@ -8,7 +8,7 @@ from edu.config.metrics import BPB
 
 
 @dataclass(frozen=True)
-class Measure:
+class Estimate:
     """One measured number of an `eval.json`, with what is known of its certainty."""
 
     value: float
@@ -24,7 +24,7 @@ class Measure:
 
     def __str__(self) -> str:
         """
-        >>> str(Measure(0.45, 0.394, 0.507, 300, share=True)), str(Measure(0.98765))
+        >>> str(Estimate(0.45, 0.394, 0.507, 300, share=True)), str(Estimate(0.98765))
         ('45.0% [39.4, 50.7], n=300', '0.988')
         """
         if not math.isfinite(self.value):
@@ -37,39 +37,51 @@ class Measure:
 
 
 _ESTIMATES = ("accuracy", "value", "mean", "pass@1", "rate")  # the name of an interval's own number, first found
+_DEEPEST = 20  # levels of a tree that are looked at
 _SHARES = ("accuracy", "pass@", "rate", "share", "fraction")
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a number as a float, infinite for an integer that no float can hold; None for anything else."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if abs(value) < 1e300 else math.inf
 
 
-def measures(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Measure]]:
+def finite(value: object) -> float | None:
+    """Return a finite number as a float, None for anything else."""
+    number = _number(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def estimates(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Estimate]]:
     """Walk a tree of numbers and yield each with its path; text, lists and flags are passed over.
 
-    >>> for path, measure in measures({"greedy": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 96}, "bpb": 0.93}):
-    ...     print(" / ".join(path), "=", measure)
+    >>> for path, estimate in estimates({"greedy": {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 96}, "bpb": 0.93}):
+    ...     print(" / ".join(path), "=", estimate)
     greedy = 50.0% [40.0, 60.0], n=96
     bpb = 0.930
     """
+    if len(path) > _DEEPEST:
+        return
     if not isinstance(tree, Mapping):
         number = _number(tree)
         if number is not None:
-            yield path, Measure(number, share=any(name in path[-1].lower() for name in _SHARES) if path else False)
+            yield path, Estimate(number, share=any(name in path[-1].lower() for name in _SHARES) if path else False)
         return
     tree = {str(name): value for name, value in tree.items()}
     estimate = next((name for name in _ESTIMATES if _number(tree.get(name)) is not None), None)
     low, high, n = (_number(tree.get(name)) for name in ("low", "high", "n"))
     used: set[str] = set()
     if estimate is not None and (low is not None or n is not None):
-        value = float(tree[estimate])
+        value = _number(tree[estimate]) or 0.0
         share = any(name in estimate for name in _SHARES) or (n is not None and 0 <= value <= 1 and BPB not in path)
         label = (*path, estimate) if estimate.startswith("pass@") or not path else path
         used = {estimate, "low", "high", "n"}
-        yield label, Measure(value, low, high, int(n) if n is not None and math.isfinite(n) else None, share)
+        yield label, Estimate(value, low, high, int(n) if n is not None and math.isfinite(n) else None, share)
     for name, value in tree.items():
         if name not in used:
-            yield from measures(value, (*path, name))
+            yield from estimates(value, (*path, name))
 
 
 def is_detail(path: tuple[str, ...]) -> bool:

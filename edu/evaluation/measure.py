@@ -13,7 +13,7 @@ from edu.config.stages import ChatConfig
 from edu.data.packing import IGNORE, Batch
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals
-from edu.evaluation.estimates import measures as figures_of
+from edu.evaluation.estimates import estimates
 from edu.evaluation.evals import Evaluation
 from edu.inference.engine import Engine
 from edu.inference.params import SamplingParams
@@ -104,7 +104,7 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measu
     evals.save_records(config.out / "eval.jsonl", found)
     summary: dict[str, Any] = {}
     for name, evaluation in found.items():
-        figures = [f"{path[0]} {figure}" for path, figure in figures_of(evaluation.summary) if path[1:] == ()]
+        figures = [f"{path[0]} {figure}" for path, figure in estimates(evaluation.summary) if path[1:] == ()]
         print(f"{name}: " + "; ".join(figures))
         first, _, second = name.partition("/")
         shown = {key: value for key, value in evaluation.summary.items() if key != "by_template"}  # long: recompute it

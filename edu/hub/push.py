@@ -12,7 +12,7 @@ from typing import Any
 from edu.config.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS
 from edu.data.atomic_io import write_text
 from edu.data.hub_files import EVAL_RESULTS, HUGGING_FACE_FILES, check_token, hub_errors, is_hub_id
-from edu.evaluation.estimates import is_detail, measures
+from edu.evaluation.estimates import estimates, is_detail
 
 _HERE = "path/to/this/folder"  # stands for the model's name in a card that is not pushed
 _WORDS = {
@@ -73,7 +73,7 @@ def write_card(folder: Path, card: Card) -> None:
     use = (_USE_TEXT if card.stage == "base" else _USE_CHAT).format(model=_HERE)
     at = "" if card.step is None else f", after step {card.step:,} of this stage"
     recipe = {name: value for name, value in card.settings.items() if value is not None and name not in _NO_RECIPE}
-    figures = [(path, measure) for path, measure in measures(card.figures) if len(path) > 1 and not is_detail(path)]
+    figures = [(path, estimate) for path, estimate in estimates(card.figures) if len(path) > 1 and not is_detail(path)]
     parts = [
         f"# edu-chat {card.stage}",
         f"A small language model, {_WORDS[card.stage]}{at}. {_sizes(folder)}Its architecture is transformers' own `nanochat`.",
@@ -85,7 +85,7 @@ def write_card(folder: Path, card: Card) -> None:
             "Evaluation",
             "Square brackets hold 95% intervals, n is the number of examples.",
             ["figure", "value"],
-            [[" / ".join(path), str(measure)] for path, measure in figures],
+            [[" / ".join(path), str(estimate)] for path, estimate in figures],
         ),
         f"## Limits\n\n{_LIMITS}",
     ]
@@ -160,7 +160,7 @@ def _write_eval_results(path: Path, card: Card) -> None:
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from yaml import safe_dump
 
-    found = dict(measures(card.figures)).get(("math", "greedy", "accuracy"))
+    found = dict(estimates(card.figures)).get(("math", "greedy", "accuracy"))
     whole = "problems" in card.settings and card.settings["problems"] is None and card.settings["eval_limit"] is None
     if found is None or not whole:
         return
