@@ -1,8 +1,11 @@
 """The server: the OpenAI protocol as the real client sees it, before a fake responder and before a tiny model of ours."""
 
+import json
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,8 +103,8 @@ def test_stop_texts_cut_the_reply_and_do_not_leak(client: openai.OpenAI, fake: F
 def test_what_looked_like_a_stop_is_given_back(size: int) -> None:
     text = "EN END? no: ENd ENEND tail"
     pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    assert "".join(until_stop(pieces, ["STOP"])) == text
-    assert "".join(until_stop(pieces, ["NEND", "ENDS"])) == "EN END? no: ENd E"
+    assert "".join(until_stop(Reply(iter(pieces), 0), ["STOP"])) == text
+    assert "".join(until_stop(Reply(iter(pieces), 0), ["NEND", "ENDS"])) == "EN END? no: ENd E"
 
 
 def test_settings_reach_the_responder(client: openai.OpenAI, fake: Fake) -> None:
@@ -153,7 +156,14 @@ USER = [{"role": "user", "content": "hi"}]
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400, "content"),
         ({"messages": [{"role": "user", "content": "impossible"}]}, 400, "too long"),
         ({"temperature": 3}, 400, "temperature"),
-        ({"top_p": 0}, 400, "top_p"),
+        ({"top_p": -0.1}, 400, "top_p"),
+        ({"model": "m" * 1000}, 400, "model"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
+        ({"stop": "x" * 257}, 400, "stop"),
+        ({"stop": ["x" * 257]}, 400, "stop"),
+        ({"tool_choice": "required"}, 400, "tool_choice"),
+        ({"messages": [*USER, {"role": "assistant", "tool_calls": [{"function": None}]}]}, 400, "tool_calls"),
+        ({"messages": [*USER, {"role": "assistant", "tool_calls": [1]}]}, 400, "tool_calls"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"n": 2}, 400, "n:"),
         ({"logprobs": True}, 400, "logprobs"),
@@ -174,7 +184,75 @@ def test_a_bad_request_gets_an_error_of_the_protocol(
 
 def test_neutral_options_are_no_error(url: str) -> None:
     options = {"frequency_penalty": 0, "logprobs": False, "user": "me", "response_format": {"type": "text"}, "n": 1}
+    options |= {"tool_choice": "none", "tools": [], "parallel_tool_calls": True, "top_p": 0, "modalities": ["text"]}
     assert post(url, {"model": "fake", "messages": USER} | options)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "fake", "messages": [' + b"1," * 400_000 + b"1]}",
+        b'{"model": "fake", "messages": [{"role": "user", "content": [' + b"1," * 400_000 + b"1]}]}",
+        b'{"model": "fake", "messages": [' + b'{"role": "wizard"},' * 40_000 + b"1]}",
+        b'{"model": "fake", "messages": ' + b"[" * 400_000,
+        b'{"model": "fake", "messages": [{"role": "user", "content": "hi"}], "x": ' + b'{"a":' * 100_000,
+        json.dumps({"model": "fake", "messages": USER} | {f"k{i}": 1 for i in range(50_000)}).encode(),
+        b"\xff" * 900_000,
+        b'{"model": "' + b"x" * 900_000 + b'"}',
+    ],
+    ids=[
+        "wrong messages",
+        "wrong parts",
+        "wrong roles",
+        "nested",
+        "nested unknown",
+        "unknown",
+        "names",
+        "bytes",
+        "model",
+    ],
+)
+def test_the_answer_to_a_wrong_body_is_small_and_quick(url: str, body: bytes) -> None:
+    start = time.monotonic()
+    with httpx2.Client(trust_env=False, timeout=20) as plain:
+        reply = plain.post(url + "/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
+    assert len(reply.content) < 2000
+    assert time.monotonic() - start < 5
+
+
+def test_a_body_announced_as_too_large_is_refused_before_it_is_sent(url: str) -> None:
+    port = int(url.split(":")[2].split("/")[0])
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000001\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        answer = connection.recv(10_000).decode()
+    assert answer.startswith("HTTP/1.1 413 ")
+    assert "larger than 1,000,000 bytes" in answer
+
+
+def test_a_body_without_a_length_is_read_up_to_the_limit(url: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        for _ in range(400):
+            yield b" " * 100_000
+
+    with httpx2.Client(trust_env=False, timeout=20) as plain:
+        reply = plain.post(url + "/chat/completions", content=pieces(), headers={"Content-Type": "application/json"})
+    assert reply.status_code == 413
+    assert "larger than 1,000,000 bytes" in reply.json()["error"]["message"]
+
+
+def test_a_wrong_method_is_told_the_right_one(url: str) -> None:
+    with httpx2.Client(trust_env=False) as plain:
+        reply = plain.get(url + "/chat/completions")
+    assert (reply.status_code, reply.headers["Allow"]) == (405, "POST")
+
+
+def test_a_stop_in_the_last_allowed_token_is_the_reason_it_ended(client: openai.OpenAI) -> None:
+    assert say(client, "one, two", stop="two").choices[0].finish_reason == "stop"
+    *_, last = say(client, "one, two", stop="two", stream=True)
+    assert last.choices[0].finish_reason == "stop"
 
 
 def test_no_json_and_no_such_page_are_errors_of_the_protocol(url: str) -> None:
@@ -274,6 +352,66 @@ def test_old_turns_are_cut_and_prompt_and_reply_fit_the_context(tokenizer: Token
     assert reply.completion_tokens >= 16
     with pytest.raises(ValueError, match="48"):
         ask(ours, "x y " * 99)
+
+
+def test_messages_are_heeded_or_refused_and_never_dropped(tokenizer: Tokenizer) -> None:
+    """Whatever is accepted is in the prompt, even if older turns are cut for room."""
+    ours = responder(tokenizer, [1] * 999, context=200)
+    hi, hello = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "HELLO"}
+    turns = [{"role": "user", "content": "x" * 20}, {"role": "assistant", "content": "y" * 20}] * 40
+    system, refused = {"role": "system", "content": "ONE"}, []
+    for messages in (
+        [system, {"role": "system", "content": "TWO"}, hi],
+        [system, {"role": "system", "content": "TWO"}, *turns, hi],
+        [hello, hi],
+        [hello, *turns, hi],
+        [{"role": "system", "content": ""}, hi],
+        [hi, {"role": "assistant", "content": ""}, hi],
+        [hi, hello],
+        [hi, {"role": "assistant", "content": None, "tool_calls": []}, hi],
+        [{"role": "developer", "content": [{"type": "text", "text": "O"}, {"type": "text", "text": "NE"}]}, hi],
+    ):
+        try:
+            ours.respond(ChatRequest.model_validate({"model": "ours", "messages": messages}))
+        except ValueError as error:
+            refused.append((messages, str(error)))
+            continue
+        prompt = tokenizer.decode(ours.engine.options["prompt"])  # pyright: ignore[reportAttributeAccessIssue]
+        words = [m["content"] for m in messages if m["role"] == "system" or m is hello]
+        assert all(word in prompt for word in words), messages
+    assert all("message" in complaint for _, complaint in refused)
+
+
+def test_an_empty_reply_may_be_sent_back_and_tool_calls_as_the_protocol_writes_them(tokenizer: Tokenizer) -> None:
+    ours = responder(tokenizer, [1] * 999, context=200)
+    hi = {"role": "user", "content": "Hi"}
+    function = {"name": "calculator", "arguments": '{"expression": "7*7"}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+    output = {"role": "tool", "content": [{"type": "text", "text": "49"}], "tool_call_id": "1"}
+    ours.respond(ChatRequest.model_validate({"model": "ours", "messages": [hi, call, output]}))
+    prompt = ours.engine.options["prompt"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert "7*7" in tokenizer.decode(prompt)
+    assert "49" in tokenizer.decode(prompt)
+    deep = {"name": "calculator", "arguments": "[" * 100_000}
+    call["tool_calls"][0]["function"] = deep
+    with pytest.raises(ValueError, match="arguments"):
+        ours.respond(ChatRequest.model_validate({"model": "ours", "messages": [hi, call, output]}))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"temperature": 1e-7}, {"top_p": 0}, {"top_p": 1e-300}])
+def test_the_least_temperature_and_top_p_are_greedy(tokenizer: Tokenizer, options: dict[str, float]) -> None:
+    import torch
+
+    from edu.inference.engine import Engine
+    from edu.model.gpt import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny(vocab_size=tokenizer.vocab_size)).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    ours = ModelResponder("ours", Engine(model), tokenizer, model.config.max_position_embeddings)
+    greedy, _ = ask(ours, "Hi", temperature=0, max_tokens=8)
+    assert ask(ours, "Hi", seed=5, max_tokens=8)[0] != greedy
+    assert ask(ours, "Hi", seed=5, max_tokens=8, **options)[0] == greedy
 
 
 def test_a_tiny_model_answers_over_the_wire(tokenizer: Tokenizer) -> None:

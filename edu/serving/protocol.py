@@ -1,15 +1,21 @@
 """A chat request and its reply as the OpenAI protocol has them: the part that takes effect here, checked by pydantic."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from secrets import randbits
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints
 
-# Fields that change nothing in the reply's text: accepted and passed over. Any other unknown field that is set is an error.
+MAX_STOPS, MAX_STOP_LENGTH = 4, 256
+Stop = Annotated[str, StringConstraints(max_length=MAX_STOP_LENGTH)]
+GREEDY = 1e-5
+"""A temperature or top_p below this is greedy decoding."""
+
+# Fields that change nothing in the reply's text: accepted and passed over.
 HARMLESS = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+# Values of other fields that ask for nothing, as a field that is null, false, zero or empty. All else is an error.
+NEUTRAL = {"tool_choice": ("none", "auto"), "parallel_tool_calls": (True,), "modalities": (["text"],)}
 
 
 class TextPart(BaseModel):
@@ -19,43 +25,53 @@ class TextPart(BaseModel):
     text: str
 
 
+class Function(BaseModel):
+    """Name and arguments of a tool call; the arguments are JSON in a string, or the object itself."""
+
+    name: str
+    arguments: dict[str, Any] | Json[dict[str, Any]]
+
+
+class ToolCall(BaseModel):
+    """A call of the calculator in an earlier assistant message."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class ChatMessage(BaseModel):
-    """A message as the protocol has it."""
+    """A message of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
     def plain(self) -> dict[str, Any]:
-        """The message as edu.chat.chat_format wants it: content one string, the arguments of a call an object."""
+        """Return the message as edu.chat.chat_format reads it: content one string, the arguments of a call an object."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
         message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.tool_calls:
-            message["tool_calls"] = [self._plain_call(call) for call in self.tool_calls]
+            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return message
-
-    @staticmethod
-    def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", {})
-        arguments = function.get("arguments", {})
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        return {"type": "function", "function": {"name": function.get("name"), "arguments": arguments}}
 
 
 class ChatRequest(BaseModel):
-    """The body of a chat request: the fields that take effect here, with the protocol's bounds."""
+    """The body of a chat request: the fields that take effect here, with the protocol's bounds.
+
+    Lists are checked up to their first error (fail_fast): a wrong body of any size is refused quickly, in few words.
+    """
 
     model_config = ConfigDict(extra="allow")
 
-    model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    model: str = Field(max_length=256)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True)] = Field(min_length=1)
     stream: bool = False
     stream_options: dict[str, Any] | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
@@ -66,13 +82,21 @@ class ChatRequest(BaseModel):
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
     @property
+    def distribution(self) -> tuple[float, float | None]:
+        """Temperature and top_p: 1 unless given, and 0 (greedy decoding) where either is too small to differ from it."""
+        if any(value is not None and value < GREEDY for value in (self.temperature, self.top_p)):
+            return 0.0, None
+        return 1.0 if self.temperature is None else self.temperature, self.top_p
+
+    @property
     def drawn_seed(self) -> int:
-        """The seed asked for (within 63 bits, not negative), or one by chance."""
+        """The seed asked for (within 63 bits, not negative), or a random one."""
         return randbits(31) if self.seed is None else self.seed % 2**63
 
     def check(self, structured: bool) -> None:
         """ValueError on what is asked for and cannot be given."""
-        unknown = sorted(key for key, value in (self.model_extra or {}).items() if value and key not in HARMLESS)
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value and name not in HARMLESS}
+        unknown = sorted(name for name, value in extra.items() if value not in NEUTRAL.get(name, ()))
         if unknown:
             raise ValueError(f"not supported here: {', '.join(unknown)}")
         if self.response_format and self.response_format.get("type") != "text" and not structured:

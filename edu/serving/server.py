@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edu.serving.protocol import ChatRequest, Reply, Responder
 from edu.synthetic.teacher import Teacher
@@ -29,6 +31,11 @@ from edu.synthetic.teacher import Teacher
 if TYPE_CHECKING:
     from edu.data.tokenizer import Tokenizer
     from edu.inference.engine import Engine
+
+MAX_BODY = 1_000_000
+"""Bytes of a request's body."""
+MAX_MESSAGE = 500
+"""Characters of an error message, which may quote the request."""
 
 
 class TeacherResponder:
@@ -66,10 +73,10 @@ class ModelResponder:
         prompt = render_prompt(messages, self.tokenizer)
         limit = min(wanted, self.context - len(prompt))
         end = self.tokenizer.assistant_end
-        temperature = 1.0 if request.temperature is None else request.temperature
+        temperature, top_p = request.distribution
         tokens = self.engine.stream(
             prompt,
-            SamplingParams(limit, temperature, top_p=request.top_p, stop_tokens=[end]),
+            SamplingParams(limit, temperature, top_p=top_p, stop_tokens=[end]),
             seed=request.drawn_seed,
             tool=calculator_tool(self.tokenizer),
         )
@@ -98,19 +105,20 @@ def load_responder(folder: str) -> ModelResponder:
     return ModelResponder(name, Engine(model), tokenizer, model.config.max_position_embeddings)
 
 
-def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """The text up to the first of the stops; what may be the beginning of one waits for the next piece.
+def until_stop(reply: Reply, stops: list[str]) -> Iterator[str]:
+    """Yield the text up to the first of the stops; what may be the beginning of one waits for the next piece.
 
-    >>> list(until_stop(["a b", "c E", "N", "D d"], ["END"]))
+    >>> list(until_stop(Reply(iter(["a b", "c E", "N", "D d"]), prompt_tokens=0), ["END"]))
     ['a b', 'c ']
     """
     held = ""
     try:
-        for piece in pieces:
+        for piece in reply.pieces:
             held += piece
             found = [at for stop in stops if (at := held.find(stop)) >= 0]
             if found:
                 held = held[: min(found)]
+                reply.finish_reason = "stop"
                 break
             keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
             if len(held) > keep:
@@ -119,8 +127,8 @@ def until_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
         if held:
             yield held
     finally:  # also where a stop was found, or the client left: what makes the pieces ends now
-        if isinstance(pieces, Generator):
-            pieces.close()
+        if isinstance(reply.pieces, Generator):
+            reply.pieces.close()
 
 
 def make_app(responder: Responder) -> FastAPI:
@@ -129,6 +137,7 @@ def make_app(responder: Responder) -> FastAPI:
         title=responder.name, exception_handlers={HTTPException: _http_error, RequestValidationError: _bad_body}
     )
     model = {"id": responder.name, "object": "model", "created": int(time.time()), "owned_by": "edu"}
+    app.add_middleware(BodyLimit)
     turn = asyncio.Lock()  # not a thread's lock: threads that wait for one would leave none to work
 
     @app.get("/health")
@@ -149,13 +158,39 @@ def make_app(responder: Responder) -> FastAPI:
             if request.stream:
                 return StreamingResponse(_events(request, reply, turn), media_type="text/event-stream")
             async with turn:
-                text = await run_in_threadpool("".join, until_stop(reply.pieces, request.stops))
+                text = await run_in_threadpool("".join, until_stop(reply, request.stops))
         except ValueError as error:
             return failure(400, str(error))
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reply.finish_reason}
         return JSONResponse(_head(request, "chat.completion") | {"choices": [choice], "usage": _usage(reply)})
 
     return app
+
+
+class BodyLimit:
+    """Middleware: answer 413 to a body larger than MAX_BODY, before it is read where its length is announced."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with its body counted as it comes."""
+        announced = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
+        read = int(announced) if announced.isdecimal() else 0
+        too_large = HTTPException(413, f"the body is larger than {MAX_BODY:,} bytes")
+        if read > MAX_BODY:
+            return await (await _http_error(Request(scope), too_large))(scope, receive, send)
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY:
+                raise too_large
+            return message
+
+        return await self.app(scope, counted, send)
 
 
 async def _events(request: ChatRequest, reply: Reply, turn: asyncio.Lock) -> AsyncIterator[str]:
@@ -168,7 +203,7 @@ async def _events(request: ChatRequest, reply: Reply, turn: asyncio.Lock) -> Asy
     yield event({"role": "assistant", "content": ""})
     try:
         async with turn:
-            async for piece in iterate_in_threadpool(until_stop(reply.pieces, request.stops)):
+            async for piece in iterate_in_threadpool(until_stop(reply, request.stops)):
                 yield event({"content": piece})
     except ValueError as error:
         yield f"data: {json.dumps(error_body(str(error)))}\n\n"
@@ -189,23 +224,26 @@ def _usage(reply: Reply) -> dict[str, int]:
 
 
 def error_body(message: str, code: str | None = None) -> dict[str, Any]:
-    """An error as the protocol has it; clients turn it into their exceptions."""
+    """Return an error in the protocol's form, which clients turn into their exceptions; long messages are cut."""
+    message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
 
 
-def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
-    return JSONResponse(error_body(message, code), status)
+def failure(
+    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(error_body(message, code), status, headers)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), error
-    return failure(error.status_code, str(error.detail))
+    return failure(error.status_code, str(error.detail), headers=error.headers)
 
 
 async def _bad_body(_: Request, error: Exception) -> JSONResponse:
-    """A body that is not JSON, lacks a field or breaks a bound: the protocol's status is 400."""
+    """Answer a body that is not JSON, lacks a field or breaks a bound, by its first few errors: the protocol says 400."""
     assert isinstance(error, RequestValidationError), error
-    problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()]
+    problems = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()[:3]]
     return failure(400, "; ".join(problems))
 
 
