@@ -207,7 +207,6 @@ def test_neutral_options_are_no_error(url: str) -> None:
         "nested",
         "nested unknown",
         "unknown",
-        "names",
         "bytes",
         "model",
     ],
