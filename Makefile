@@ -1,11 +1,13 @@
 # What a developer does with the project; `make help` lists it. Users start with ./my_pipeline.sh.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?=
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+# What would change the interpreter or the tests without being asked; tests/conftest.py settles the rest.
+unexport CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONWARNINGS PYTHONINSPECT PYTHONDEVMODE PYTHONIOENCODING PYTEST_PLUGINS
+
 BIN := .venv/bin
-READY := .venv/.installed-dev
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
@@ -13,15 +15,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "variables: PYTHON=$(PYTHON) (makes .venv), WORKERS=$(WORKERS) (test processes), PYTEST_ARGS='-k engine'"
+	@echo "variables: PYTHON=python3.12 (makes .venv), WORKERS=$(WORKERS) (test processes), PYTEST_ARGS='-k engine'"
 
-setup: $(READY)  ## make .venv and install everything, where pyproject.toml changed since (minutes, some GB the first time)
-
-$(READY): pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no Python found; install Python 3.11, or name one: make setup PYTHON=/path/to/python" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev,eval]'
-	@touch $@
+setup:  ## make .venv and install everything, where pyproject.toml changed since (minutes, some GB the first time)
+	@PYTHON="$(PYTHON)" ./my_pipeline.sh --install
 
 test: setup  ## set up, then the quick suite and the examples in docstrings (minutes)
 	$(PYTEST)

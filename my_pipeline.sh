@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The whole life of a small ChatGPT: data -> tokenizer -> pretraining -> SFT -> RL -> report -> chat.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh my_pipeline.sh`
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+unset CDPATH # else cd may go elsewhere, and print where
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'HELP'
@@ -16,15 +18,68 @@ Environment:
   SEED     seed of every stage (default 0); give another RUN with another seed
   LAUNCH   how stages start (default: python), e.g.
            LAUNCH="accelerate launch --config_file accelerate_configs/multi_gpu.yaml"
+  TEACHER  who writes the conversations about the model's identity: passed as --teacher (default: the embedded teacher)
   PYTHON   Python 3.11 to 3.13 that makes .venv (default: the newest of those found)
+
+Windows: run it in WSL, or in Git Bash with Python from python.org.
 HELP
 }
 
+extras=""
 case "${1:-}" in
 "") ;;
+--install) extras="[dev,eval]" ;; # what the Makefile needs; nothing is run
 -h | --help) usage && exit 0 ;;
 *) echo "error: unknown argument '$1'; settings go in the environment, see ./my_pipeline.sh --help" >&2 && exit 2 ;;
 esac
+
+stage() { # name, how long, what you should see
+    printf '\n=== %s (%s)\n    You should see: %s\n' "$1" "$2" "$3"
+}
+
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+fits() { # a command: whether it is a Python that the project runs on
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+install() {
+    local stamp name python="${PYTHON:-}" bin=.venv/bin stamps=(.venv/.installed-dev)
+    [ -n "$extras" ] || stamps+=(.venv/.installed)
+    case "${OS:-}" in Windows*) bin=.venv/Scripts ;; esac
+    export PATH="$PWD/$bin:$PATH"
+    unset PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX # they would lead past .venv
+    for stamp in "${stamps[@]}"; do # complete, and of this very folder?
+        if [ "$stamp" -nt pyproject.toml ] &&
+            "$bin/python" -P -c 'import edu, os, sys; sys.exit(not os.path.samefile(edu.__path__[0], "edu"))' 2>/dev/null; then return; fi
+    done
+    stage "installation" "3 to 15 minutes" "nothing until it is done; the first time it downloads about 0.5 GB (on Linux, with CUDA, 3 GB)"
+    if [ -x "$bin/python" ] && ! fits "$bin/python"; then
+        fail ".venv has no working Python 3.11 to 3.13; remove it (rm -r .venv) and run this again"
+    fi
+    if ! "$bin/python" -m pip --version >/dev/null 2>&1; then
+        for name in python3.13 python3.12 python3.11 python3 python; do
+            if [ -z "$python" ] && fits "$name"; then python="$name"; fi
+        done
+        [ -n "$python" ] || fail "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./my_pipeline.sh"
+        fits "$python" || fail "PYTHON=$python is not Python 3.11 to 3.13; name another, or leave it out"
+        "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+            fail "$python cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) and run this again"
+        "$python" -m venv --clear .venv # also where an earlier one was left half-made
+    fi
+    "$bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar off -e ".$extras" ||
+        fail "the installation failed, see above; run this again, it goes on from what is there"
+    touch "$stamp"
+}
+
+started=$SECONDS
+if [ -n "$extras" ]; then
+    install
+    exit
+fi
 
 RECIPE="${RECIPE:-tiny}"
 RUN="${RUN:-$RECIPE}"
@@ -39,34 +94,6 @@ d20) source=fineweb-edu shards=240 vocab=32768 takes=("an hour" "3 min" "a day" 
 esac
 run="runs/$RUN"
 
-stage() { # name, how long, what you should see
-    printf '\n=== %s (%s)\n    You should see: %s\n' "$1" "$2" "$3"
-}
-
-install() {
-    export PATH="$PWD/.venv/bin:$PATH"
-    for stamp in .venv/.installed .venv/.installed-dev; do
-        if [ "$stamp" -nt pyproject.toml ]; then return; fi
-    done
-    stage "installation" "minutes, some GB the first time" "nothing until it is done"
-    if [ ! -x .venv/bin/python ]; then
-        local python="${PYTHON:-}" name
-        for name in python3.13 python3.12 python3.11 python3; do
-            if [ -z "$python" ] && "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-                python="$name"
-            fi
-        done
-        if [ -z "$python" ]; then
-            echo "error: no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python ./my_pipeline.sh" >&2
-            exit 2
-        fi
-        "$python" -m venv .venv
-    fi
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e .
-    touch .venv/.installed
-}
-
-started=$SECONDS
 install
 
 stage "setup" "10 s" "rank 0 of 1, the device, and 'the setup works'"
@@ -86,7 +113,7 @@ stage "pretraining" "${takes[2]}" "the loss falls, fast at first"
 $LAUNCH scripts/pretrain.py --config "recipes/$RECIPE/base.yaml" --seed "$SEED" --tokenizer "$run/tokenizer" --out "$run/base"
 
 stage "identity" "10 s" "600 conversations in which the model learns who it is"
-python scripts/make_identity.py --num 600 --out data/my_identity.jsonl
+python scripts/make_identity.py --num 600 --out data/my_identity.jsonl ${TEACHER:+--teacher "$TEACHER"}
 
 stage "fine-tuning" "${takes[3]}" "how many conversations are used, and the loss falling again"
 $LAUNCH scripts/sft.py --config "recipes/$RECIPE/sft.yaml" --seed "$SEED" --model "$run/base" --out "$run/sft"
@@ -103,5 +130,11 @@ for question in "Who are you?" "Tom has 6 bags with 7 apples in each bag. He eat
     python scripts/chat.py --model "$run/rl" --temperature 0 -p "$question"
 done
 
-printf '\nDone in %d min. Open %s/report.html, and talk to it:\n    .venv/bin/python scripts/chat.py --model %s/rl\n' \
-    $(((SECONDS - started + 30) / 60)) "$run" "$run"
+printf '\nDone in %d min. What was reached:\n' $(((SECONDS - started + 30) / 60))
+sed -n 's/^- \*\*\(.*\)\*\*: /    \1  /p' "$run/report.md"
+cat <<END
+Go on:
+    open $run/report.html                                      every figure, and samples
+    .venv/bin/python scripts/chat.py --model $run/rl           talk to it
+    .venv/bin/python scripts/serve.py --model $run/rl          serve it by the OpenAI protocol
+END

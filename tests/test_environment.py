@@ -145,3 +145,44 @@ def test_a_script_that_cannot_reach_the_hub_says_why_in_one_line(
     assert all(words in line for line in said), done.stderr
     assert "Traceback" not in done.stderr
     assert "secret" not in done.stderr + done.stdout
+
+
+def test_the_tests_pass_whatever_is_exported(tmp_path: Path) -> None:
+    """A few that read the environment, under one that is wrong in all that they may read."""
+    names = "http_proxy HTTPS_PROXY ALL_PROXY HF_ENDPOINT HF_TOKEN HF_HOME OPENAI_API_KEY OPENAI_BASE_URL WANDB_MODE"
+    names += " SSL_CERT_FILE REQUESTS_CA_BUNDLE MPLBACKEND TIKTOKEN_CACHE_DIR TMPDIR RECIPE LAUNCH TERM EDU_FAST"
+    hostile = dict.fromkeys(names.split(), "nonsense") | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    hostile |= {"ACCELERATE_MIXED_PRECISION": "fp8", "ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "3", "RANK": "1"}
+    hostile |= {"ALL_PROXY": "socks5://nowhere:1", "NO_PROXY": "nowhere", "LANG": "C", "LC_ALL": "C", "COLUMNS": "20"}
+    hostile |= {"PYTHONWARNINGS": "always", "NUMBA_DISABLE_JIT": "1", "NO_COLOR": "1", "TORCH_LOGS": "+dynamo"}
+    sensitive = [
+        "test_01_shards.py::test_the_token_goes_to_the_hub_and_to_nobody_else",
+        "test_01_shards.py::test_hf_endpoint_is_respected_by_a_fresh_process",
+        "test_03_setup.py::test_an_unknown_precision_is_named",
+        "test_06_identity.py::test_an_unreachable_endpoint_loses_nothing",
+        "test_hub.py::test_a_push_that_cannot_work_says_what_to_do",
+        "test_hub.py::test_our_own_loading_takes_a_hub_id",
+        "test_serve.py::test_settings_reach_the_responder",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={tmp_path / 'b'}",
+    ]
+    done = subprocess.run(
+        [*command, *(f"tests/{name}" for name in sensitive)],
+        cwd=ROOT,
+        env=os.environ | hostile,
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"{len(sensitive)} passed" in done.stdout
