@@ -45,7 +45,7 @@ def main() -> None:
     from edu.data.metrics_log import read_metrics
     from edu.data.packing import TrainingExample
     from edu.inference.engine import Engine
-    from edu.stages import rl
+    from edu.stages import rl, run
     from edu.stages.rollouts import Rollout
 
     if "OMP_NUM_THREADS" not in os.environ:
@@ -102,7 +102,7 @@ def main() -> None:
         )  # fmt: skip
         if not (config.out / "eval.json").is_file():
             with undo():
-                rl.train(config)
+                run.train(config)
         rows = read_metrics(config.out / "metrics.jsonl")
         for label, metric in shown.items():
             steps = {row["step"]: row[metric] for row in rows if metric in row}

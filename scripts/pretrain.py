@@ -5,16 +5,11 @@ Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import PretrainConfig
-from edu.training.resume import nothing_to_do
+from edu.stages.run import run
 
 
 def main() -> int:
-    config = parse(PretrainConfig)
-    if nothing_to_do(config):
-        return 0
-    from edu.stages.pretrain import train
-
-    return 0 if train(config).finished else 130
+    return run(parse(PretrainConfig))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import RLConfig
-from edu.training.resume import nothing_to_do
+from edu.stages.run import run
 
 
 def main() -> int:
-    config = parse(RLConfig)
-    if nothing_to_do(config):
-        return 0
-    from edu.stages.rl import train
-
-    return 0 if train(config).finished else 130
+    return run(parse(RLConfig))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,11 @@ Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml
 
 from edu.config.cli import parse, run_script
 from edu.config.stages import SFTConfig
-from edu.training.resume import nothing_to_do
+from edu.stages.run import run
 
 
 def main() -> int:
-    config = parse(SFTConfig)
-    if nothing_to_do(config):
-        return 0
-    from edu.stages.sft import train
-
-    return 0 if train(config).finished else 130
+    return run(parse(SFTConfig))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, StageConfig
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
-from edu.stages import pretrain, rl, rollouts, sft
+from edu.stages import rollouts
+from edu.stages.run import train
 
 SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
 Stage = tuple[Callable[[Any], Any], StageConfig]
@@ -76,7 +77,7 @@ def stages_in(home: Path) -> dict[str, Stage]:
     reinforced = RLConfig(
         out=home / "rl", model=str(home / "sft"), replay=tuned.data, samples=4, max_new_tokens=24, max_steps=6, **chat
     )
-    return {"base": (pretrain.train, base), "sft": (sft.train, tuned), "rl": (rl.train, reinforced)}
+    return {"base": (train, base), "sft": (train, tuned), "rl": (train, reinforced)}
 
 
 def reward_of(sample: Any, *_: Any) -> float:
@@ -92,5 +93,5 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     rollouts.score = reward_of
     Accelerator.end_training = lambda _: None  # ends the process group, which the next stage needs
-    for name, (train, config) in stages_in(Path(sys.argv[1])).items():
+    for name, (_, config) in stages_in(Path(sys.argv[1])).items():
         train(replace(config, out=Path(sys.argv[2]) / name))

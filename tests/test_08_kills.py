@@ -23,7 +23,7 @@ from edu.config.stages import StageConfig
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.stages import rollouts
-from edu.training.checkpoint import checkpoints
+from edu.training.resume import checkpoints
 
 TOUCHES = ("fsync", "rename", "replace", "link")
 """What of `os` makes a save: a child may be told to kill itself at the n-th of them, before it is done."""

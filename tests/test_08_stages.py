@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from filelock import FileLock
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
@@ -23,10 +24,10 @@ from edu.config.stages import SFTConfig, StageConfig, as_settings
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.model.gpt import GPT
-from edu.stages import pretrain, rl, rollouts
+from edu.stages import pretrain, rollouts, run
 from edu.training import loop
-from edu.training.checkpoint import Run, checkpoints
-from edu.training.resume import is_finished
+from edu.training.loop import Training
+from edu.training.resume import checkpoints, is_finished
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,7 @@ def test_rl_with_every_option_continues_bit_for_bit(
     (tmp_path / "say.py").write_text(SAY)
     chosen = {"advantage": "leave_one_out", "normalization": "sequence", "task": f"{tmp_path}/say.py:Say"}
     config = replace(finished["rl"], out=tmp_path / "whole", **options, **chosen)
-    rl.train(config)
+    run.train(config)
     assert {"greedy", "sampled"} <= json.loads((config.out / "eval.json").read_text())["Say"].keys()
     rows = [row for row in steps_of(config.out) if "reward" in row]
     assert all(row["kl"] > 0 and row["clip_ratio/region_mean"] > 0 for row in rows)  # from each step's second update
@@ -160,9 +161,9 @@ def test_rl_with_every_option_continues_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", dies)
         with pytest.raises(Crash):
-            rl.train(again)
+            run.train(again)
     gc.collect()
-    rl.train(again)
+    run.train(again)
     assert steps_of(again.out) == steps_of(config.out)
     assert read_metrics(again.out / "samples.jsonl") == read_metrics(config.out / "samples.jsonl")
     for key, weight in weights_of(config.out).items():
@@ -386,15 +387,10 @@ def test_pretraining_with_another_number_of_processes_is_refused_with_the_reason
     shutil.copytree(finished["base"].out, tmp_path / "again")
     state = checkpoints(tmp_path / "again")[-1] / "state" / "trainer.json"
     said = json.loads(state.read_text())
-    size = state.stat().st_size
     said["data"] *= 2
-    said["environment"] = {}
     state.write_text(json.dumps(said))
-    (state.parent / "files.json").write_text(
-        (state.parent / "files.json")
-        .read_text()
-        .replace(f'trainer.json": {size}', f'trainer.json": {state.stat().st_size}')
-    )
+    files = state.with_name("files.json")
+    files.write_text(json.dumps(json.loads(files.read_text()) | {"state/trainer.json": state.stat().st_size}))
     with pytest.raises(ValueError, match="was trained by 2 processes: resume with as many, not 1"):
         train(replace(config, out=tmp_path / "again"))
 
@@ -405,9 +401,9 @@ def test_a_tracker_gets_the_settings_and_every_row(
     calls: list[tuple[str, Any]] = []
 
     class Recorder(GeneralTracker):
-        """What `--log-with` names: accelerate's interface, under the name of a module that is installed."""
+        """What `--log-with` names: accelerate's interface, in the place of one of its trackers."""
 
-        name, requires_logging_directory, tracker = __name__, False, None
+        name, requires_logging_directory, tracker = "tensorboard", False, None
 
         def __init__(self, run_name: str) -> None:
             super().__init__()
@@ -422,9 +418,9 @@ def test_a_tracker_gets_the_settings_and_every_row(
         def finish(self) -> None:
             calls.append(("finished", None))
 
-    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, __name__, Recorder)
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
     train, config = stages["base"]
-    config = replace(config, out=tmp_path / "tracked", log_with=__name__, max_steps=4)
+    config = replace(config, out=tmp_path / "tracked", log_with="tensorboard", max_steps=4)
     train(config)
     assert [name for name, _ in calls[:2]] == ["run", "settings"]
     assert (calls[1][1]["channels"], calls[1][1]["sample_prompts"]) == (32, str(list(config.sample_prompts)))
@@ -454,12 +450,8 @@ def test_other_settings_are_refused_in_the_same_folder(finished: dict[str, Stage
 def test_two_runs_in_one_folder_are_refused(stages: dict[str, Stage], tmp_path: Path) -> None:
     train, config = stages["base"]
     (tmp_path / "x").mkdir()
-    import fcntl
-
-    with (tmp_path / "x" / ".lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another run is writing here"):
-            train(replace(config, out=tmp_path / "x"))
+    with FileLock(tmp_path / "x" / ".lock"), pytest.raises(ValueError, match="another run is writing here"):
+        train(replace(config, out=tmp_path / "x"))
 
 
 def test_a_missing_model_names_what_makes_it(stages: dict[str, Stage], tmp_path: Path) -> None:
@@ -496,7 +488,7 @@ def test_two_processes_train_what_one_trains_from_the_start_or_from_the_middle(
     train, config = stages["sft"]
     partly = tmp_path / "partly"
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_and_die(Run.save))
+        patch.setattr(Training, "save", save_and_die(Training.save))
         with pytest.raises(Crash):
             train(replace(config, out=partly))
     gc.collect()
@@ -529,7 +521,7 @@ def test_a_sharded_model_trains_what_one_process_trains_and_each_continues_the_o
 ) -> None:
     train, config = stages["sft"]
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", save_and_die(Run.save))
+        patch.setattr(Training, "save", save_and_die(Training.save))
         with pytest.raises(Crash):
             train(replace(config, out=tmp_path / "sft"))  # FSDP2 goes on from there
     gc.collect()

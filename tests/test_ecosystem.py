@@ -24,10 +24,10 @@ from edu.chat.chat_format import render, tool_call
 from edu.config.stages import PretrainConfig, SFTConfig
 from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
-from edu.evaluation.measure import mean_loss
 from edu.inference.engine import Engine
 from edu.model.load import load_model, load_tokenizer
-from edu.stages import pretrain, sft
+from edu.stages import run
+from edu.stages.sft import mean_loss
 
 PAGE = (Path(__file__).parents[1] / "docs" / "ecosystem.md").read_text("utf-8")
 CHATS = [
@@ -77,8 +77,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path
         out=runs / "sft", model=str(base.out), data=home / "data/my_identity.jsonl", max_steps=60, lr_scale=1.0,
         val_every=1000, max_new_tokens=16, sample_prompts=("Thanks",), **measures, **common,
     )  # fmt: skip
-    pretrain.train(base)
-    sft.train(tuned)
+    run.train(base)
+    run.train(tuned)
     return home
 
 

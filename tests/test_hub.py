@@ -23,7 +23,7 @@ from edu.data.tokenizer import Tokenizer
 from edu.hub.push import Card, push, write_card
 from edu.model.gpt import GPT, GPTConfig
 from edu.model.load import load_model, load_tokenizer
-from edu.stages import pretrain
+from edu.stages.run import train
 from tests.hub_server import Fault, Hub, serve
 
 FIGURES = {
@@ -318,7 +318,7 @@ def test_a_stage_is_pushed_when_it_is_finished_and_loses_nothing_when_that_fails
     config = PretrainConfig(out=tmp_path / "base", push_to_hub="me/base", hub_private=True, **paths, **sizes)
 
     here.faults.append(Fault("/commit/", 500))
-    assert pretrain.train(config).finished
+    assert train(config).finished
     said = capsys.readouterr().err
     again = f"python scripts/push.py --model {config.out} --repo me/base --private"
     assert f"{config.out}: finished and saved, but not pushed: --repo me/base: the Hub answered 500" in said
@@ -328,7 +328,7 @@ def test_a_stage_is_pushed_when_it_is_finished_and_loses_nothing_when_that_fails
     assert rerun.stdout == f"{config.out}: finished, nothing to do; to push it: {again}\n", rerun.stderr
     assert set(here.files("models/me/base")) == {".gitattributes"}
 
-    assert pretrain.train(replace(config, out=tmp_path / "again")).finished
+    assert train(replace(config, out=tmp_path / "again")).finished
     card = here.files("models/me/base")["README.md"].decode()
     for words in (
         "| data | 128 tokens; shards there: 1 |",
@@ -340,4 +340,4 @@ def test_a_stage_is_pushed_when_it_is_finished_and_loses_nothing_when_that_fails
     assert here.repos["models/me/base"].private
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ValueError, match="hf auth login"):  # before it trains, not after
-        pretrain.train(replace(config, out=tmp_path / "third"))
+        train(replace(config, out=tmp_path / "third"))

@@ -1,38 +1,24 @@
-"""What is measured of every chat model at the end of its stage, and the validation loss on the way."""
+"""What is measured of every chat model at the end of its stage."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from edu.chat.chat_format import stream_text
 from edu.config.stages import ChatConfig
-from edu.data.packing import IGNORE, Batch
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals
 from edu.evaluation.estimates import estimates
 from edu.evaluation.evals import Evaluation
 from edu.inference.engine import Engine
 from edu.inference.params import SamplingParams
-from edu.model.gpt import GPT
 from edu.synthetic.persona import IdentityQuestion, Persona, load_identity_eval, load_persona
 from edu.tasks import Task, load
 from edu.tasks.gsm8k import GSM8K
 
 Shown = dict[str, object]
-
-
-@torch.no_grad()
-def mean_loss(model: GPT, batches: Iterable[Batch]) -> float:
-    """Mean of -log p over all targets of the batches, nats."""
-    total, count = 0.0, 0
-    for batch in (b.to(model.device) for b in batches):
-        total -= float(model(batch.inputs, targets=batch.targets, position_ids=batch.positions).sum())
-        count += int((batch.targets != IGNORE).sum())
-    return total / max(count, 1)
 
 
 def show_answers(engine: Engine, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int) -> list[Shown]:

@@ -23,6 +23,7 @@ from edu.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from edu.hub.push import Card, write_card
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
+from edu.training.checkpoint import follow_umask
 
 NAMES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 LAYER_NAMES = {
@@ -72,6 +73,7 @@ def import_nanochat(folder: Path, out: Path, step: int | None = None, tokenizer:
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     vocabulary.save(temporary, model_max_length=config.max_position_embeddings)
+    follow_umask(temporary)
     step = int(weights.stem.removeprefix("model_"))
     write_card(
         temporary, Card("imported", step, data=[(f"nanochat {folder.resolve().name}", "as it was trained there")])

@@ -20,8 +20,8 @@ from edu.evaluation.measure import show_continuations
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT, GPTConfig
 from edu.training.accelerator import compute_init, peak_memory
-from edu.training.checkpoint import Run
-from edu.training.loop import Result, Training, Update
+from edu.training.loop import Hooks, Result, Training, Update
+from edu.training.run import Run
 from edu.training.step import Term
 
 NGRAM_TOKENS = 20_000_000
@@ -106,7 +106,7 @@ class Documents:
         self.state = LoaderState.from_dict(state_dict)
 
 
-def train(config: PretrainConfig) -> Result:
+def train(config: PretrainConfig, hooks: Hooks | None = None) -> Result:
     """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -115,11 +115,11 @@ def train(config: PretrainConfig) -> Result:
     micro, passes = rows_per_pass(config, world)
     tokens = config.max_steps * config.batch_size * config.sequence_length
     trained_on = [(origin(config.data), f"{tokens:,} tokens; shards there: {len(shards):,}")]
-    run = Run(config, "base", accelerator, tokenizer, trained_on)
+    run = Run(config, "base", accelerator)
     memory = peak_memory(accelerator.device.type)
     open_shards = partial(stream_batches, shards, tokenizer, micro, config.sequence_length, on_bad=config.on_bad_shard)
     stream = Documents(lambda state: open_shards(rank, world, state))
-    training = Training(run, make_model(config, tokenizer), stream)
+    training = Training(run, make_model(config, tokenizer), tokenizer, trained_on, stream, hooks)
     expected = announce(config, training)
 
     def updates(_: int) -> Iterator[Update]:

@@ -16,7 +16,7 @@ from edu.config import metrics
 from edu.config.stages import RLConfig
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task
-from edu.evaluation.measure import measure_chat, read_measures, read_task, show_answers
+from edu.evaluation.measure import read_measures, read_task, show_answers
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT
 from edu.model.load import load_model, load_tokenizer
@@ -36,15 +36,15 @@ from edu.stages.rollouts import (
 )
 from edu.tasks import Rewarded, Subset, Task, load
 from edu.training.accelerator import compute_init
-from edu.training.checkpoint import Run
-from edu.training.loop import Result, Training, Update, generating, split_rows
+from edu.training.loop import Hooks, Result, Training, Update, generating, split_rows
+from edu.training.run import Run
 from edu.training.step import Term
 
 ROUNDS = 4
 """How many times batch_size problems dynamic sampling may try in a step, to find enough that teach something."""
 
 
-def train(config: RLConfig) -> Result:
+def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
     """Reinforce, or continue where the folder stands: each step samples, weighs and updates, as `Reinforcement` says."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = load_tokenizer(config.model)
@@ -66,8 +66,8 @@ def train(config: RLConfig) -> Result:
         accelerator.print(data.describe())
         trained_on += [(name, f"in the replay: {words}") for name, words in data.counts().items()]
         replay = Epochs(data.train, T, config.seed, config.multi_turn)
-    run = Run(config, "rl", accelerator, tokenizer, trained_on)
-    training = Training(run, model)
+    run = Run(config, "rl", accelerator)
+    training = Training(run, model, tokenizer, trained_on, hooks=hooks)
     reference = load_model(config.model, accelerator.device).eval() if config.kl else None
     steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reference, replay, T)
 
@@ -97,7 +97,7 @@ def train(config: RLConfig) -> Result:
 
     if not training.fit(steps.updates, evaluate, "reinforcing"):
         return Result(training.step, finished=False)
-    return training.finish(lambda model: measure_chat(Engine(model), tokenizer, config, measures))
+    return training.finish()
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,34 @@
 """The training loop of every stage. A stage brings the rows of each step and its own evaluation; the rest is here."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from edu.config import metrics
-from edu.config.stages import StageConfig
+from edu.config.stages import StageConfig, as_settings
 from edu.config.terminal import progress
+from edu.data.atomic_io import write_text
+from edu.data.tokenizer import Tokenizer
 from edu.model.gpt import GPT
-from edu.training.accelerator import StopSignals, peak_flops
-from edu.training.checkpoint import Run
+from edu.training import checkpoint
+from edu.training.accelerator import StopSignals, describe, peak_flops
+from edu.training.checkpoint import Checkpoint
 from edu.training.environment import environment
-from edu.training.optimizer import lr_factor, make_optimizer, whole
+from edu.training.optimizer import lr_factor, make_optimizer, sharded_as, whole
+from edu.training.resume import made_from
+from edu.training.run import Run
 from edu.training.step import StepResult, Term, fits, train_step
 
 R = TypeVar("R")
@@ -49,6 +57,31 @@ class Stream(Protocol):
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What a model card is written from."""
+
+    stage: str
+    step: int
+    settings: Mapping[str, Any]
+    data: Sequence[tuple[str, str]]
+    """Paths or Hub ids, and how much of each is trained on."""
+    course: Sequence[Mapping[str, Any]]
+    """Rows of metrics.jsonl."""
+    figures: Mapping[str, Any]
+    """Results of the final measurement; empty before it."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller of a stage adds to it. The loop knows neither evaluation nor the Hub."""
+
+    measure: Callable[[GPT, Tokenizer], Mapping[str, Any]] = lambda *_: {}
+    """Measure the finished model, on the main process; the results go to eval.json."""
+    write_card: Callable[[Path, Summary], None] = lambda *_: None
+    """Write the model card into the folder of a checkpoint."""
+
+
+@dataclass(frozen=True)
 class Result:
     """Where a stage ended."""
 
@@ -66,21 +99,119 @@ Evaluate = Callable[[int, GPT], Mapping[str, float]]
 
 
 class Training:
-    """Model and optimizer of a stage, prepared by accelerate and brought to where its folder stands."""
+    """Model and optimizer of a stage, prepared by accelerate and restored from the newest checkpoint."""
 
-    def __init__(self, run: Run, model: GPT, stream: Stream | None = None) -> None:
-        """Load the newest checkpoint, if there is one, into model, optimizer and `stream`, the data's position."""
-        self.run, self.config, self.accelerator, self.stream = run, run.config, run.accelerator, stream
+    def __init__(
+        self,
+        run: Run,
+        model: GPT,
+        tokenizer: Tokenizer,
+        data: Sequence[tuple[str, str]],
+        stream: Stream | None = None,
+        hooks: Hooks | None = None,
+    ) -> None:
+        """Load the newest checkpoint, if there is one, into model, optimizer and `stream`.
+
+        tokenizer is saved beside each checkpoint; data: paths or Hub ids and how much of each is trained on, for the card.
+        """
+        self.run, self.config, self.accelerator, self.tokenizer = run, run.config, run.accelerator, tokenizer
+        self.data, self.stream, self.hooks = data, stream, hooks or Hooks()
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.tokens = run.resume(self.model, self.optimizer, stream)
-        self.saved = self.started = self.step
         self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
         self.row_length = getattr(run.config, "sequence_length", model.config.max_position_embeddings)
+        self.step = self.tokens = 0
         self.parts = 1
-        """In how many parts each micro-batch is computed: doubled where memory runs out."""
+        """In how many parts each micro-batch is computed: doubled where memory runs out, and kept by checkpoints."""
+        self.inputs = made_from(run.config) if self.accelerator.is_main_process else {}
+        try:
+            self._resume()
+        except BaseException:
+            run.close()
+            raise
+        self.saved = self.started = self.step
+
+    def _resume(self) -> None:
+        """Restore the newest checkpoint that the main process can read; the others read the one that it names."""
+        device = self.accelerator.device
+        where = "cpu" if device.type == "cpu" else device  # accelerate may say cpu:0, which torch cannot load to
+        found: Checkpoint | None = None
+        said: list[Any] = [0, None]  # its step, and why it cannot be used
+        if self.accelerator.is_main_process:
+            try:
+                found = checkpoint.read_newest(self.run.folder, where)
+                if found is not None:
+                    checkpoint.check(found, self.config, self.run.stage, describe(self.accelerator))
+                    said[0] = found.trainer["step"]
+            except ValueError as error:
+                said[1] = str(error)
+        step, fault = broadcast_object_list(said)
+        if fault is not None:
+            raise ValueError(fault)
+        if step and found is None:
+            found = checkpoint.read(self.run.folder / f"checkpoint-{step}", where, verify=False)
+        if found is not None:
+            self._restore(found)
+            self.accelerator.print(f"{self.run.stage}: resuming after step {self.step} from {found.path}")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.run.rewind(self.step)
+            if found is not None:
+                checkpoint.publish(found.path, self.config.keep)
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Put a checkpoint's state into model, optimizer and stream."""
+        trainer, world = found.trainer, self.accelerator.num_processes
+        if self.stream is not None:
+            if len(trainer["data"]) != world:
+                was = f"{self.run.folder} was trained by {len(trainer['data'])} processes"
+                raise ValueError(f"{was}: resume with as many, not {world}")
+            self.stream.load_state_dict(trainer["data"][self.accelerator.process_index])
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict({name: sharded_as(found.weights[name], p) for name, p in model.state_dict().items()})
+        self.optimizer.load_state_dict(found.optimizer["optimizer"])
+        if self.accelerator.scaler is not None and found.optimizer["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(found.optimizer["scaler"])
+        self.step, self.tokens, self.parts = trainer["step"], trainer["tokens"], trainer.get("parts", 1)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step and show it in the stage's folder. All processes must call this."""
+        positions = gather_object([None if self.stream is None else self.stream.state_dict()])
+        weights, learning = self.accelerator.get_state_dict(self.model), self.optimizer.state_dict()
+        if self.accelerator.is_main_process:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            scaler = self.accelerator.scaler
+            trainer = {
+                "stage": self.run.stage,
+                "step": self.step,
+                "tokens": self.tokens,
+                "parts": self.parts,
+                "settings": as_settings(self.config),
+                "made_from": self.inputs,
+                "environment": describe(self.accelerator),
+                "data": positions,
+            }
+
+            def fill(folder: Path) -> None:
+                model.save_pretrained(folder, state_dict=weights)
+                self.tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
+                self.hooks.write_card(folder, self.summary({}))
+                scaling = None if scaler is None else scaler.state_dict()
+                torch.save({"optimizer": learning, "scaler": scaling}, folder / "state" / "optimizer.pt")
+                write_text(folder / "state" / "trainer.json", json.dumps(trainer, default=str))
+                self.run.sync()
+
+            target = self.run.folder / f"checkpoint-{self.step}"
+            checkpoint.write(target, fill)
+            checkpoint.publish(target, self.config.keep)
+        self.accelerator.wait_for_everyone()
+        self.saved = self.step
+
+    def summary(self, figures: Mapping[str, Any]) -> Summary:
+        """Return what a card of this step is written from."""
+        return Summary(self.run.stage, self.step, as_settings(self.config), self.data, self.run.rows(), figures)
 
     def fit(self, updates: Updates, evaluate: Evaluate, name: str) -> bool:
         """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
@@ -109,8 +240,7 @@ class Training:
                 last = self.step == config.max_steps
                 evaluating, leaving = self.step % config.eval_every == 0 or last, self._any(stopped)
                 if self.step > self.saved and (self.step % config.save_every == 0 or evaluating or leaving):
-                    run.save(self.step, self.tokens, self.model, self.optimizer, self.stream)
-                    self.saved = self.step
+                    self.save()
                 if evaluating and not leaving:
                     self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
                     leaving = self._any(stopped)
@@ -158,14 +288,22 @@ class Training:
             shown = ", ".join(f"{metric} {value:.3f}" for metric, value in figures.items())
             self.accelerator.print(f"{name}, step {self.step}: {shown}", flush=True)
 
-    def finish(self, measure: Callable[[GPT], Mapping[str, Any]]) -> Result:
-        """Measure the finished model on the main process, and write down what it found."""
+    def finish(self, measure: Callable[[GPT], Mapping[str, Any]] | None = None) -> Result:
+        """Measure the finished model on the main process and write eval.json, which makes the stage a finished one.
+
+        measure: in addition to the caller's own measurement (`Hooks.measure`).
+        """
         results: dict[str, Any] = {}
         with generating(self.accelerator, self.model) as model:
             if self.accelerator.is_main_process:
-                figures = measure(model)
-                results = {"step": self.step, "seconds": self.run.seconds(), "environment": environment(), **figures}
-        self.run.finish(results)
+                about = {"stage": self.run.stage, "step": self.step, "seconds": self.run.seconds()}
+                about |= {"environment": environment(), "made_from": self.inputs}
+                results = {**about, **(measure(model) if measure else {}), **self.hooks.measure(model, self.tokenizer)}
+                self.hooks.write_card(self.run.folder, self.summary(results))
+                write_text(self.run.folder / "eval.json", json.dumps(results, indent=1))
+        self.accelerator.wait_for_everyone()
+        self.run.close()
+        self.accelerator.end_training()
         return Result(self.step, True, results)
 
     def _unwrap(self) -> None:

@@ -1,45 +1,147 @@
-"""What a stage's folder says before torch is imported: whether these settings may go on there, and whether all is done."""
+"""What a stage's folder says before torch is imported: finished, to be continued, or made from something else."""
 
-import json
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from shlex import quote
+from typing import Any
 
-from edu.config.reading import read_yaml
-from edu.config.stages import StageConfig, as_settings, flag
+from edu.config.cli import flag
+from edu.config.reading import read_json, read_yaml
+from edu.config.stages import StageConfig, as_settings
 
-# What may differ when a run is resumed: how it is saved, split and measured, not what is learnt.
+MEASURED_ON = {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
+"""Settings that say what a stage is measured on, not what it learns from."""
 FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
-FREE_ON_RESUME |= {"push_to_hub", "hub_private", "on_bad_shard"}
-FREE_ON_RESUME |= {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
+FREE_ON_RESUME |= {"push_to_hub", "hub_private", "on_bad_shard"} | MEASURED_ON
+"""Settings that may differ when a run is resumed: how it is saved, split and measured."""
+INPUTS = {
+    "data": ("*.parquet", "val/*.parquet"),
+    "tokenizer": ("tokenizer.json",),
+    "model": ("config.json", "model*.safetensors", "tokenizer.json"),
+    "problems": ("*.jsonl",),
+} | dict.fromkeys(("replay", "task", "reward", "persona", "identity", "facts"), ())
+"""Settings that name what a stage is made from, and the files that count where they name a folder."""
+BLOCK, BLOCKS = 1 << 16, 16
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a stage, oldest first. A folder of that name without `state/` is not one of ours."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted((p for p in found if (p / "state").is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash of a file's size and content; of a large shard or weights file, of 16 blocks spread over it."""
+    size, sampled = path.stat().st_size, path.suffix in (".parquet", ".safetensors")
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for at in range(0, size, max(BLOCK, size // BLOCKS) if sampled else BLOCK):
+            file.seek(at)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def made_from(config: StageConfig) -> dict[str, dict[str, str]]:
+    """Return the fingerprints of all local files that a stage is made from and measured on: setting -> file -> hash."""
+    found = {}
+    for name, patterns in INPUTS.items():
+        if (value := getattr(config, name, None)) is not None:
+            place = Path(str(value).rpartition(":")[0] or value)  # a task or a reward is file.py:name
+            paths = [p for pattern in patterns for p in place.glob(pattern)] if place.is_dir() else [place]
+            # The keys are relative to the folder, which may be called by another name.
+            files = {str(p.relative_to(place) if place.is_dir() else p): p for p in paths} | dict(_sources(place))
+            found[name] = {key: fingerprint(path) for key, path in sorted(files.items()) if path.is_file()}
+    return found
+
+
+def _sources(mixture: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the local files that a mixture lists, by the names that it gives them."""
+    if mixture.suffix in (".yaml", ".yml") and mixture.is_file():
+        entries = read_yaml(mixture)
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and entry.get("path"):
+                yield str(entry["path"]), Path(str(entry["path"]))
+
+
+def check_settings(config: StageConfig, before: Mapping[str, Any], whose: Path) -> None:
+    """Raise if something was made with other settings than these."""
+    before, now = (
+        as_settings(type(config)(out=config.out)) | dict(before),
+        as_settings(config),
+    )  # a setting it lacks is newer
+    changed = [name for name in now if name not in FREE_ON_RESUME and before[name] != now[name]]
+    if changed:
+        what = ", ".join(f"{flag(name)} was {before[name]!r}, is {now[name]!r}" for name in changed)
+        raise ValueError(f"{whose} holds a run with other settings ({what}): give its own, or another --out")
+
+
+def check_made_from(config: StageConfig, before: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Raise if files that the stage learns from have changed since; return those it is measured on that have."""
+    now, trained, measured = made_from(config), [], []
+    for name in now.keys() & before.keys():
+        # The problems of SFT and its task only measure it.
+        found = (
+            measured
+            if name in MEASURED_ON or (name in ("problems", "task") and not hasattr(config, "reward"))
+            else trained
+        )
+        keys = now[name].keys() | before[name].keys()
+        found += [f"{flag(name)} {key}" for key in sorted(keys) if now[name].get(key) != before[name].get(key)]
+    if trained:
+        out = quote(str(config.out))
+        raise ValueError(
+            f"{config.out} was made from something else: changed since are {', '.join(sorted(trained))}. To make it again: "
+            f"`mv {out} {out}.old` and the same command, or another --out; to keep it, put the old files back"
+        )
+    return sorted(measured)
 
 
 def check_resumable(config: StageConfig) -> None:
     """Raise if the stage's folder holds checkpoints made with other settings than these."""
     path = config.out / "config.yaml"
-    if not path.is_file() or not any(config.out.glob("checkpoint-*")):
-        return
-    before, now = read_yaml(path), as_settings(config)
-    changed = [name for name in now if name not in FREE_ON_RESUME and before.get(name) != now[name]]
-    if changed:
-        what = ", ".join(f"{flag(name)} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
-        raise ValueError(f"{config.out} holds a run with other settings ({what}): give its own, or another --out")
+    if path.is_file() and checkpoints(config.out):
+        before = read_yaml(path)
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{path}: no settings in it; the file is damaged: delete it, the checkpoints know them too"
+            )
+        check_settings(config, before, config.out)
 
 
 def is_finished(config: StageConfig) -> bool:
-    """Whether this very run is complete: its last output, eval.json, is there. Raises on other settings."""
+    """Return whether this very run is complete: its last output, eval.json, is there. Raises on other settings or inputs."""
     path = config.out / "eval.json"
     check_resumable(config)
-    return path.is_file() and json.loads(path.read_text()).get("step") == config.max_steps
+    if not path.is_file():
+        return False
+    try:
+        results = read_json(path)
+    except ValueError as error:
+        print(f"{error}: the stage is measured again")
+        return False
+    finished = results.get("step") == config.max_steps
+    if finished and (changed := check_made_from(config, results.get("made_from", {}))):
+        print(
+            f"{config.out}: measured on other files ({', '.join(changed)}); delete {path} and run again to measure anew"
+        )
+    return finished
 
 
 def nothing_to_do(config: StageConfig) -> bool:
-    """Whether this very run is complete; says so."""
+    """Return whether this very run is complete, and say so."""
     if finished := is_finished(config):
         print(f"{config.out}: finished, nothing to do{push_advice(config)}")
     return finished
 
 
 def push_advice(config: StageConfig) -> str:
-    """How to push a finished stage that asks for it, as the end of a message; "" where it does not."""
+    """Return how to push a finished stage that asks for it, as the end of a message; "" where it does not."""
     if config.push_to_hub is None:
         return ""
     private = " --private" if config.hub_private else ""
