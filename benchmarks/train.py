@@ -49,7 +49,7 @@ def matmul_speed() -> float:
     """Floating-point operations a second of a square product."""
     import torch
 
-    from edu.model.cpu_ops import product
+    from edu.model.linear import product
 
     a = torch.randn(1024, 1024)
 

@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 import edu.model.gpt
 from edu.data.packing import IGNORE
-from edu.model import cpu_ops as fused
 from edu.model.gpt import GPT, Block, GPTConfig, apply_rotary_emb, rotary_angles
-from edu.model.loss import head_log_probs, head_weighted_sum
+from edu.model.loss import chunked_log_probs, head_log_probs, head_weighted_sum
 from edu.model.masks import document_mask
 from edu.training.optimizer import MuonAdamW, make_optimizer, orthogonalize
 
@@ -123,6 +122,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("cap", [15.0, None])
 def test_the_logits_of_a_batch_are_never_held_whole(monkeypatch: pytest.MonkeyPatch, cap: float | None) -> None:
+    monkeypatch.setattr("edu.model.loss.chunked_log_probs", chunked_log_probs._init_fn)  # its body, which is watched
     hidden, weight = torch.randn(3, 10, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     targets, weights = torch.randint(0, 50, (3, 10)), torch.randn(3, 10)
 
@@ -139,6 +139,34 @@ def test_the_logits_of_a_batch_are_never_held_whole(monkeypatch: pytest.MonkeyPa
     assert (everything, most) == (30 * 50, 50 * 8)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_compiled_head_does_not_grow_with_the_number_of_its_chunks(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, weight = torch.randn(2, 64, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    targets, weights = torch.randint(0, 20, (2, 64)), torch.rand(2, 64)
+    sizes = list[int]()
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        modules = [module for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        sizes.append(sum(len(module.graph.nodes) for module in modules))
+        return graph.forward
+
+    def head() -> torch.Tensor:
+        if weighted:
+            return head_weighted_sum(hidden, weight, targets, weights, 15.0)
+        return head_log_probs(hidden, weight, targets, 15.0).mul(weights).sum()
+
+    expected = torch.autograd.grad(head(), [hidden, weight])
+    for rows in (128, 2):
+        monkeypatch.setattr("edu.model.loss.CPU_CHUNK", rows)
+        torch.compiler.reset()
+        found = torch.autograd.grad(torch.compile(head, fullgraph=True, backend=count)(), [hidden, weight])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert sizes[0] == sizes[1], "64 chunks give the graph of one"
 
 
 def test_no_target_costs_nothing() -> None:
@@ -250,23 +278,3 @@ def test_every_parameter_has_one_group_and_steps() -> None:
 def test_muon_refuses_flattened_parameters() -> None:
     with pytest.raises(ValueError, match="Muon needs matrices"):
         MuonAdamW([{"kind": "muon", "lr": 0.02, "params": [torch.nn.Parameter(torch.ones(8))]}])
-
-
-def test_a_linear_layer_of_many_rows_has_the_values_and_derivatives_of_torchs_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    layer, calls = fused.Linear(48, 80, bias=False), []
-    real = fused._Linear.apply
-    monkeypatch.setattr(fused._Linear, "apply", lambda *args: calls.append(1) or real(*args))
-    for rows, faster in ((2 * fused.ROWS, fused.ONEDNN), (fused.ROWS + 1, False)):
-        calls.clear()
-        x, slope = (torch.randn(2, rows // 2, size) if rows % 2 == 0 else torch.randn(rows, size) for size in (48, 80))
-        exact = [t.double().requires_grad_() for t in (x, layer.weight.detach())]
-        expected = torch.nn.functional.linear(*exact)
-        expected.backward(slope.double())
-        layer.weight.grad = None
-        found = layer(x.requires_grad_())
-        found.backward(slope)
-        assert bool(calls) == faster
-        for ours, theirs in ((found, expected), (x.grad, exact[0].grad), (layer.weight.grad, exact[1].grad)):
-            torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=1e-5)

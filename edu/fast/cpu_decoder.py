@@ -17,9 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from edu.fast.cpu_kernels import add_weighted, attend, divided, layer_of_one, norm, relu_squared
-from edu.model.cpu_ops import ONEDNN, at_least_fp32
+from edu.fast.operators import ONEDNN
 from edu.model.gpt import GPT, rotary_angles
 from edu.model.kv_cache import KVCache
+from edu.model.linear import at_least_fp32
 
 Product = Callable[..., Tensor]
 """(rows, arranged weights, what to add or nothing) -> rows."""

@@ -26,9 +26,23 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from edu.model.config import GPTConfig
-from edu.model.cpu_ops import Linear, relu_squared, rms_norm
+from edu.model.fast_path import accelerated
+from edu.model.linear import Linear, at_least_fp32
 from edu.model.loss import head_log_probs, head_weighted_sum, softcap
 from edu.model.masks import attend_in_quarters, mask_for
+
+
+@accelerated
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Scale the last dimension to unit mean square, in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467); no weights."""
+    wide = at_least_fp32(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x)
+
+
+@accelerated
+def relu_squared(x: Tensor) -> Tensor:
+    """Return max(x, 0)^2 (Primer, arXiv:2109.08668)."""
+    return x.relu().square()
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:

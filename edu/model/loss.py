@@ -8,16 +8,14 @@ the gradient is computed in the forward pass, while its logits are at hand, and 
 N rows (a batch and its time steps, flattened), C channels, V vocabulary.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from edu.data.packing import IGNORE
-from edu.model.cpu_ops import at_least_fp32, product
+from edu.model.linear import at_least_fp32, product
 
 CHUNK = 1024
 """Rows whose logits are held at once: 1024 x 50,304 in fp32 is 206 MB."""
@@ -30,39 +28,65 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _chunks(hidden: Tensor) -> Iterator[slice]:
+# One operator to a compiler: inside a compiled graph it would unroll this loop, 64 times for a large batch.
+@torch.library.custom_op("edu::head_log_probs", mutates_args=())
+def chunked_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (N) of the targets; with `weights`, the gradients of sum(weights * log p) by hidden and weight.
+
+    p = softmax(z) with z = cap * tanh(hidden @ weight.T / cap). For each chunk of rows:
+    1. Compute z (chunk, V), and log p of the target as z[target] - logsumexp(z).
+    2. d log p / dz = onehot(target) - softmax(z), and the softcap's slope is dz / d(hidden @ weight.T) = 1 - (z / cap)^2.
+    3. Multiply by hidden and weight for the two gradients.
+    """
+    log_probs = at_least_fp32(hidden.new_empty(len(hidden)))
+    grad_hidden = torch.empty_like(hidden) if weights is not None else hidden.new_empty(0)
+    grad_weight = at_least_fp32(torch.zeros_like(weight)) if weights is not None else log_probs.new_empty(0)
     size = CPU_CHUNK if hidden.device.type == "cpu" else CHUNK
-    return (slice(start, start + size) for start in range(0, len(hidden), size))
+    for start in range(0, len(hidden), size):
+        at = slice(start, start + size)
+        logits = at_least_fp32(product(hidden[at], weight))  # (chunk, V)
+        if cap is not None:
+            logits = logits.div_(cap).tanh_().mul_(cap)
+        most, target = logits.amax(1, keepdim=True), targets[at, None]
+        slope = (logits - most).exp_()
+        normalizer = slope.sum(1, keepdim=True)
+        log_probs[at] = (logits.gather(1, target) - most - normalizer.log())[:, 0]
+        if weights is None:
+            continue
+        w = weights[at, None].to(logits.dtype)
+        slope.mul_(-w / normalizer).scatter_add_(1, target, w)
+        if cap is not None:
+            slope.addcmul_(slope, logits.square_(), value=-1 / cap**2)
+        slope = slope.to(hidden.dtype)
+        grad_hidden[at] = product(slope, weight.mT)
+        grad_weight += slope.T @ hidden[at]
+    return log_probs, grad_hidden, grad_weight
+
+
+@chunked_log_probs.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    del targets, cap
+    log_probs = at_least_fp32(hidden.new_empty(hidden.shape[0]))
+    if weights is None:
+        return log_probs, hidden.new_empty(0), log_probs.new_empty(0)
+    return log_probs, torch.empty_like(hidden), at_least_fp32(torch.empty_like(weight))
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum(weights * log softmax(softcap(hidden @ weight.T))[target]), one chunk of rows after another."""
+    """sum(weights * log p): its gradients are there once its value is."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, cap: float | None
     ) -> Tensor:
-        grad_hidden, grad_weight = torch.empty_like(hidden), at_least_fp32(torch.zeros_like(weight))
-        total = grad_weight.new_zeros(())
-        for part in _chunks(hidden):
-            logits = at_least_fp32(product(hidden[part], weight))
-            w = weights[part, None].to(logits.dtype)
-            if cap is not None:
-                logits = logits.div_(cap).tanh_().mul_(cap)
-            most, picked = logits.amax(1, keepdim=True), targets[part, None]
-            slope = (logits - most).exp_()
-            normalizer = slope.sum(1, keepdim=True)
-            total += (w * (logits.gather(1, picked) - most - normalizer.log())).sum()
-            # d logprob / d logits = onehot - softmax; the softcap's own slope is 1 - (logits / cap)^2.
-            slope.mul_(-w / normalizer).scatter_add_(1, picked, w)
-            if cap is not None:
-                slope.addcmul_(slope, logits.square_(), value=-1 / cap**2)
-            slope = slope.to(hidden.dtype)
-            grad_hidden[part] = product(slope, weight.mT)
-            grad_weight += slope.T @ hidden[part]
+        log_probs, grad_hidden, grad_weight = chunked_log_probs(hidden, weight, targets, weights, cap)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtype = weight.dtype
-        return total
+        return (weights.to(log_probs.dtype) * log_probs).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
@@ -70,22 +94,32 @@ class _WeightedSum(torch.autograd.Function):
         return grad_hidden * grads[0], (grad_weight * grads[0]).to(ctx.dtype), None, None, None
 
 
-def _log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
-    """The log-probabilities of one chunk."""
-    logits = softcap(at_least_fp32(hidden @ weight.T), cap)
-    return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+class _LogProbs(torch.autograd.Function):
+    """log p of each row; the backward pass computes the logits again, with the incoming gradients as weights."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.cap = cap
+        return chunked_log_probs(hidden, weight, targets, None, cap)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        hidden, weight, targets = ctx.saved_tensors
+        _, grad_hidden, grad_weight = chunked_log_probs(hidden, weight, targets, grads[0], ctx.cap)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in autocast's precision, where it is on."""
+    """Return the tensors in autocast's precision, where it is on."""
     device = tensors[0].device.type
-    return (
-        [x.to(torch.get_autocast_dtype(device)) for x in tensors] if torch.is_autocast_enabled(device) else [*tensors]
-    )
+    if not torch.is_autocast_enabled(device):
+        return [*tensors]
+    return [x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
-def _counted(kept: Tensor, *tensors: Tensor) -> list[Tensor]:
-    """The rows of (B, T, ...) that count; all of them while compiling, since their number would break the graph."""
+def _select(kept: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Flatten (B, T, ...) to the rows that count; to all rows while compiling, since their number would break the graph."""
     return [x.flatten(0, 1) if torch.compiler.is_compiling() else x[kept] for x in tensors]
 
 
@@ -96,24 +130,23 @@ def head_weighted_sum(
     weights: Float[Tensor, "B T"],
     cap: float | None,
 ) -> Float[Tensor, ""]:
-    """Sum of weights times log-probabilities of the targets, in nats and fp32: the whole of a training step's head.
+    """Return the sum of weights times log-probabilities of the targets, in nats and fp32: the head of a training step.
 
-    Positions of weight 0, in SFT most, are left out and cost nothing. Weights are 0 wherever targets are IGNORE.
+    Zero-weight positions (most of them in SFT) are skipped. Weights are 0 wherever targets are IGNORE.
     """
     hidden, weight = _autocast(hidden, weight)
-    rows, picked, w = _counted(weights != 0, hidden, targets.clamp(min=0), weights)
-    return _WeightedSum.apply(rows, weight, picked, w, cap)
+    rows, target, w = _select(weights != 0, hidden, targets.clamp(min=0), weights)
+    return _WeightedSum.apply(rows, weight, target, w, cap)
 
 
 def head_log_probs(
     hidden: Float[Tensor, "B T C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "B T"], cap: float | None
 ) -> Float[Tensor, "B T"]:
-    """Log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE. A backward pass computes again."""
+    """Return the log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE."""
     hidden, weight = _autocast(hidden, weight)
     kept = targets != IGNORE
-    rows, picked = _counted(kept, hidden, targets.clamp(min=0))
-    parts = [checkpoint(_log_probs, rows[at], weight, picked[at], cap, use_reentrant=False) for at in _chunks(rows)]
-    found = torch.cat(parts) if parts else at_least_fp32(rows.sum(-1))
+    rows, target = _select(kept, hidden, targets.clamp(min=0))
+    found = _LogProbs.apply(rows, weight, target, cap)
     if torch.compiler.is_compiling():
         return found.view(targets.shape).masked_fill(~kept, 0.0)
     return torch.zeros(targets.shape, dtype=found.dtype, device=hidden.device).masked_scatter(kept, found)

@@ -25,7 +25,7 @@ from accelerate.utils import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from edu.model.cpu_ops import product
+from edu.model.linear import product
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 

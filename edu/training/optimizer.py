@@ -13,16 +13,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
-from edu.model.cpu_ops import by_onednn, product
 from edu.model.gpt import GPT
+from edu.model.linear import product
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration (Jordan et al. 2024): steep at 0, close to 1 on [0.7, 1.2]."""
-
-
-def _times(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y.mT, (N, R, K) and (N, C, K) -> (N, R, C); one by one where that is the faster product."""
-    return torch.stack(list(map(product, x, y))) if by_onednn(x[0]) else x @ y.mT
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -36,8 +31,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        A = _times(X, X)  # symmetric
-        X = a * X + _times(b * A + c * _times(A, A), X.mT)
+        A = product(X, X)  # symmetric
+        X = a * X + product(b * A + c * product(A, A), X.mT)
     return (X.mT if tall else X).to(matrices.dtype)
 
 

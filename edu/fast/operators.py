@@ -1,19 +1,16 @@
-"""RMS norm, squared ReLU and linear layers with their derivatives written by hand: the same values in less time.
+"""RMS norm, squared ReLU and linear layers with gradients derived by hand: the same values in less time.
 
 On a CPU most of a norm's time is reading and writing the tensor: what is here keeps one tensor and passes over it once in
-the backward pass. A linear layer's time is its products, which MKL computes slowly on some processors.
+the backward pass. A linear layer's time is its products, which MKL computes slowly on some processors. Each function has
+a readable namesake in edu/model, which says what it computes.
 """
 
 import platform
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precision widened to fp32; fp32 and fp64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+import torch.nn.functional as F
+from torch import Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,24 +43,27 @@ class _ReLUSquared(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Scale the last dimension to unit mean square, in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467); no weights."""
-    return _RMSNorm.apply(at_least_fp32(x), eps).type_as(x)
+    widened = x.to(torch.promote_types(x.dtype, torch.float32))
+    return _RMSNorm.apply(widened, eps).type_as(x)
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """max(x, 0)^2 (Primer, arXiv:2109.08668)."""
     return _ReLUSquared.apply(x)
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
-"""On other processors torch has better (Apple's own) or was not measured. Asked here: it would break a compiled graph."""
+# On other processors torch has better (Apple's own) or was not measured. Asked here: it would break a compiled graph.
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and platform.machine() in ("x86_64", "AMD64")
+    and all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
+)
 ROWS = 256
 """oneDNN keeps a program of about a megabyte for each number of rows: only multiples of so many go there."""
 
 
 @torch.library.custom_op("edu::onednn_product", mutates_args=())
 def onednn_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T; a torch operator of its own, which a compiler takes as it is."""
+    """Return x @ weight.T; a torch operator of its own, which a compiler takes as it is."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
 
 
@@ -72,18 +72,17 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T, (..., I) and (O, I) -> (..., O), without a derivative: much fp32 on a CPU by oneDNN, else as torch does.
-
-    Same sums in another order. On an AMD EPYC oneDNN is 2.3 times as fast as MKL, which is torch's choice (docs/LOG.md,
-    2026-11-24); torch has no public way to ask for it.
-    """
-    return onednn_product(x, weight) if by_onednn(x) and weight.dtype == torch.float32 else x @ weight.mT
-
-
 def by_onednn(x: Tensor) -> bool:
-    """Whether the product of these rows with a matrix goes there."""
+    """Return True where the product of these rows with a matrix is oneDNN's: many rows, fp32, on a CPU."""
     return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[:-1].numel() % ROWS == 0
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    # Same sums in another order. On an AMD EPYC oneDNN is 2.3 times as fast as MKL, which is torch's choice
+    # (docs/LOG.md, 2026-11-24); torch has no public way to ask for it.
+    if weight.ndim == 3:  # as many pairs as the first dimension has
+        return torch.stack(list(map(onednn_product, x, weight))) if by_onednn(x[0]) else x @ weight.mT
+    return onednn_product(x, weight) if by_onednn(x) and weight.dtype == torch.float32 else x @ weight.mT
 
 
 class _Linear(torch.autograd.Function):
@@ -100,9 +99,7 @@ class _Linear(torch.autograd.Function):
         return product(grads[0], weight.mT), in_weight
 
 
-class Linear(nn.Linear):
-    """A linear layer without bias, by the faster product where it trains; elsewhere the logits stay nearest to stock's."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        faster = torch.is_grad_enabled() and by_onednn(input) and not torch.is_autocast_enabled("cpu")
-        return _Linear.apply(input, self.weight) if faster else super().forward(input)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    # Only where it trains: elsewhere the logits stay nearest to stock's.
+    faster = torch.is_grad_enabled() and by_onednn(x) and not torch.is_autocast_enabled("cpu")
+    return _Linear.apply(x, weight) if faster else F.linear(x, weight)
