@@ -15,15 +15,15 @@ from edu.config.terminal import printable
 @dataclass(frozen=True)
 class Args:
     source: str = "tiny"
-    """tiny, fineweb-edu, climbmix, a Hub dataset org/name[:pattern], a URL pattern with {index:05d}, or a folder."""
+    """tiny, fineweb-edu, climbmix, a folder, a file, a Hub data set org/name[:path], or a URL; {index:05d} stands for many."""
     num_shards: int | None = None
-    """Training shards to have (default 8); the validation shard always comes on top. Not for tiny, which is whole."""
+    """Training shards to have (default 8, of local files all); validation comes on top. Not for tiny, which is whole."""
     out: Path | None = None
-    """Where to put them; default data/<source>."""
+    """Folder to put them in; default data/NAME, by the name of the source."""
     workers: int = 4
     """Downloads at a time."""
     val_index: int | None = None
-    """Which shard is for validation, where the source does not say so itself."""
+    """Shard for validation where no file is called so; default: one document in 50 of shard 0."""
     seed: int = 0
     """Of the embedded corpus, --source tiny."""
     verify: bool = False
@@ -46,13 +46,14 @@ def main() -> int:
 
 
 def default_folder(source: str) -> Path:
-    """data/<source> for a name or a Hub dataset."""
-    from edu.data.shards import KNOWN
-
-    name = source.partition(":")[0].rpartition("/")[2]
-    if source not in ("tiny", *KNOWN) and ("://" in source or Path(source).is_dir()):
-        raise ValueError(f"--source {source}: name a folder for its shards with --out, such as data/mine")
-    return Path("data", name)
+    """Return data/NAME: of the folder or file, the data set, or the last part of a URL that has no {index}."""
+    if "://" in source:
+        parts = [part for part in source.partition("?")[0].split("/")[2:] if part and "{" not in part]
+        return Path("data", Path(parts[-1]).stem if len(parts) > 1 else parts[-1].partition(":")[0])
+    place = Path(source)
+    if place.exists():
+        return Path("data", place.resolve().name if place.is_dir() else place.stem)
+    return Path("data", source.partition(":")[0].rpartition("/")[2])
 
 
 def write_tiny(args: Args, out: Path) -> int:
@@ -74,24 +75,50 @@ def write_tiny(args: Args, out: Path) -> int:
     return 0
 
 
+def megabytes(size: int) -> str:
+    """Return a number of bytes in words.
+
+    >>> megabytes(97_300_000), megabytes(25_100)
+    ('97.3 MB', '0.03 MB')
+    """
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e6:.2f} MB"
+
+
 def download(args: Args, out: Path) -> int:
-    """Download what is missing, with a bar for each running shard on a terminal; list what could not be had."""
+    """Say what will be fetched, fetch what is missing, and list what could not be had."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from edu.data.shards import SHARD_NAME, download_shards, find_source
+    from edu.data.shards import SHARD_NAME, download_shards
+    from edu.data.sources import SHARE, find_source
 
     source = find_source(args.source, args.val_index)
-    if not source.validation:
-        raise ValueError(f"--source {args.source}: say with --val-index which of its shards is for validation")
-    indices = [*source.validation, *source.training(8 if args.num_shards is None else args.num_shards)]
+    local = Path(args.source).resolve()
+    if local.is_dir() and out.resolve().is_relative_to(local):
+        raise ValueError(f"--out {out}: lies in --source {args.source}; name a folder outside, such as data/mine")
+    most = None if source.num_shards is None else source.num_shards - len(source.validation)
+    usual = most if local.exists() and most else min(8, most or 8)
+    training = source.training(usual if args.num_shards is None else args.num_shards)
+    indices = [*source.validation, *training]
+    held_out = (
+        f"{len(source.validation)} for validation"
+        if source.validation
+        else f"1 document in {SHARE} of shard 0 held out"
+    )
+    size = f", {megabytes(sum(source.sizes[index] for index in indices))}" if source.sizes else ""
+    print(f"{source.origin} -> {out}: {len(training)} shards for training, {held_out}{size}", flush=True)
+    if source.left_out:
+        print(f"left out (other splits): {', '.join(source.left_out)}")
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stdout.isatty()) as bars:
-        tasks = {}
+        tasks, announced = {}, dict.fromkeys(indices, 0.0)
 
         def show(index: int, done: int, total: int | None) -> None:
             if index not in tasks:
                 tasks[index] = bars.add_task(SHARD_NAME.format(index=index))
             bars.update(tasks[index], completed=done, total=total, visible=done != total)
+            if bars.disable and total and done / total >= announced[index] + 0.25:
+                announced[index] = done / total
+                print(f"{SHARD_NAME.format(index=index)}: {megabytes(done)} of {megabytes(total)}", flush=True)
 
         failed = download_shards(indices, out, source, workers=args.workers, on_progress=show)
     print(f"{out}: {len(indices) - len(failed)} of {len(indices)} shards are there")

@@ -19,10 +19,12 @@ class Fault:
 
     kind: str
     """reset, truncate, truncate_unsized, stall, trickle, corrupt, status, new_etag, wrong_range, ignore_range,
-    ignore_if_range."""
+    ignore_if_range, no_etag (and ignore_if_range), endless (more bytes than announced), slow_head, redirect."""
     at: int = 0
     status: int = 500
     retry_after: str = ""
+    location: str = ""
+    """Of a redirect."""
 
 
 @dataclass
@@ -85,6 +87,15 @@ class Handler(BaseHTTPRequestHandler):
                     self.send_header("Retry-After", fault.retry_after)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
+            elif fault.kind == "redirect":
+                self.send_response(302)
+                self.send_header("Location", fault.location)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            elif fault.kind == "slow_head":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+                while not plan.released.wait(0.02):
+                    self.wfile.write(b"x")
             elif plan.hub:
                 self.send_hub(body, fault, method)
             elif plan.storage:
@@ -114,15 +125,15 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, body: bytes, fault: Fault, method: str, *more: tuple[str, str]) -> None:
         """200 or 206 or 416, headers, and the body up to what the fault lets through."""
         etag = f'"{hashlib.md5(body).hexdigest()}"' if self.plan.etag == "by content" else self.plan.etag
-        etag = '"another"' if fault.kind == "new_etag" else etag
+        etag = {"new_etag": '"another"', "no_etag": ""}.get(fault.kind, etag)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        same = self.headers.get("If-Range", etag) == etag or fault.kind == "ignore_if_range"
+        same = self.headers.get("If-Range", etag) == etag or fault.kind in ("ignore_if_range", "no_etag", "endless")
         start = int(asked[1]) if asked and same and fault.kind != "ignore_range" else 0
         ranged = start > 0
         status = 200 if not ranged else 206 if start < len(body) else 416
         shift = 1 if fault.kind == "wrong_range" and ranged else 0
         span = f"bytes {start + shift}-{len(body) - 1}/{len(body)}" if status == 206 else f"bytes */{len(body)}"
-        sized = self.plan.sized and fault.kind != "truncate_unsized"
+        sized = self.plan.sized and fault.kind not in ("truncate_unsized", "endless")
         content = b"" if status == 416 else body[start + shift :]
         digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
         headers = [("Content-Range", span)] * ranged + [("ETag", etag)] * bool(etag) + list(more)
@@ -150,6 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         if fault.kind == "reset":  # RST instead of FIN
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+        elif fault.kind == "endless":
+            while not self.plan.released.wait(0.001):
+                self.wfile.write(bytes(1 << 16))
         elif fault.kind == "stall":
             self.plan.released.wait(5)
         elif fault.kind == "trickle":

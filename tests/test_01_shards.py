@@ -1,5 +1,6 @@
 """Challenge 1: whatever the network, the disk or the machine does, a shard is right or it is not there."""
 
+import contextlib
 import errno
 import io
 import json
@@ -9,12 +10,12 @@ import runpy
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 import pyarrow as pa
@@ -22,7 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 from fault_server import Fault, Plan, serve
 
-import edu.data.download
+import edu.data.shards
+from edu.data.download import Download
 from edu.data.shards import (
     KNOWN,
     Retry,
@@ -30,14 +32,14 @@ from edu.data.shards import (
     Source,
     download_shard,
     download_shards,
-    find_source,
     list_shards,
     read_manifest,
     verify_folder,
 )
+from edu.data.sources import find_source, write_shard
 from edu.synthetic.world.corpus import write_corpus
 
-QUICK = Retry(timeout=0.25, window=0.15, min_rate=100_000)
+QUICK = Retry(timeout=0.5, window=0.4, min_rate=50_000)
 SCRIPT = Path(__file__).parent.parent / "scripts" / "download_shards.py"
 HUB_FOLDER = "/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
 
@@ -107,7 +109,7 @@ def get(plan: Plan, folder: Path, index: int = 0, retry: Retry = QUICK, waits: l
 def names(folder: Path) -> set[str]:
     """All files below, without the manifest's."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return found - {"manifest.json", ".manifest.lock"}
+    return {name for name in found if not name.endswith((".lock", "manifest.json"))}
 
 
 def test_a_shard_arrives_and_a_second_call_asks_nothing(plan: Plan, tmp_path: Path) -> None:
@@ -217,6 +219,72 @@ def test_a_server_that_ignores_if_range_cannot_mix_two_files(plan: Plan, tmp_pat
     assert len(plan.log) == 3
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_no_more_bytes_are_kept_than_were_announced(plan: Plan, tmp_path: Path, begun: bool) -> None:
+    """A 206 gives the size by Content-Range, whatever its body then brings; a 200 without a size has the Hub's."""
+    sizes: list[int] = []
+
+    def watch(_index: int, done: int, _total: int | None) -> None:
+        sizes.append(done)
+
+    plan.faults, plan.hub = [*[Fault("truncate", 9000)] * begun, Fault("endless")], not begun
+    where = source(plan) if begun else replace(source(plan), repo="me/mine")
+    if not begun:
+        where = replace(where, pattern="shard_{index:05d}.parquet")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(edu.data.shards, "hf_hub_url", lambda *_, **__: f"{plan.url}/shard_00000.parquet")
+            path = download_shard(0, tmp_path, where, retry=QUICK, pause=lambda _: None, on_progress=watch)
+    else:
+        path = download_shard(0, tmp_path, where, retry=QUICK, pause=lambda _: None, on_progress=watch)
+    assert path.read_bytes() == SHARD
+    assert max(sizes) == len(SHARD)
+    assert len(plan.log) == 3 if begun else 2
+
+
+def test_a_range_without_an_etag_starts_anew(plan: Plan, tmp_path: Path) -> None:
+    """Nothing says that it is of the file that was begun, so two files could be mixed."""
+    first, other = plain_parquet(1), plain_parquet(2)
+    plan.files["/shard_00000.parquet"] = first
+    plan.faults = [Fault("truncate", 9000), Fault("no_etag")]
+
+    def publish(_: float) -> None:
+        plan.files["/shard_00000.parquet"] = other
+
+    assert download_shard(0, tmp_path, source(plan), retry=QUICK, pause=publish).read_bytes() == other
+
+
+@pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/a.parquet", "data:text/plain,a"])
+def test_a_redirect_to_another_scheme_fails_at_once(plan: Plan, tmp_path: Path, location: str) -> None:
+    plan.faults = [Fault("redirect", location=location)] * 9
+    with pytest.raises(ShardError, match="redirect"):
+        get(plan, tmp_path)
+    assert len(plan.log) == 1
+    assert names(tmp_path) == set()
+
+
+def test_headers_that_trickle_in_have_a_time_limit(plan: Plan, tmp_path: Path) -> None:
+    plan.faults = [Fault("slow_head")]
+    started = time.monotonic()
+    assert get(plan, tmp_path).read_bytes() == SHARD
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("kind", ["part", "etag", "lock"])
+def test_a_file_that_a_link_of_a_temporary_name_points_to_is_never_written(
+    plan: Plan, tmp_path: Path, kind: str
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("precious")
+    link = tmp_path / "data" / f".shard_00000.parquet.{kind}"
+    link.parent.mkdir()
+    link.symlink_to(mine)
+    plan.faults = [Fault("truncate", 9000)]
+    with pytest.raises(ShardError) if kind == "lock" else contextlib.nullcontext():  # which filelock does not follow
+        assert get(plan, tmp_path / "data").read_bytes() == SHARD
+    assert mine.read_text() == "precious"
+    assert not (tmp_path / "data/shard_00000.parquet").is_symlink()
+
+
 def test_backoff_doubles_with_jitter_and_retry_after_is_honoured(plan: Plan, tmp_path: Path) -> None:
     plan.faults = [Fault("status"), Fault("status", status=429, retry_after="7"), Fault("status"), Fault("status")]
     waits: list[float] = []
@@ -299,7 +367,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(hub: tuple[Plan, Plan], tm
     path = download_shard(0, tmp_path, retry=QUICK)
     assert path.read_bytes() == parquet(0)
     asked = [(method, headers) for method, path, headers in server.log if path.endswith(".parquet")]
-    assert [method for method, _ in asked] == ["HEAD", "GET"]  # huggingface_hub may ask for news of its own besides
+    assert [method for method, _ in asked] == ["GET"]  # huggingface_hub may ask for news of its own besides
     assert all(headers["authorization"] == "Bearer hf_secret" for _, headers in asked)
     assert len(storage.log) == 1
     assert "hf_secret" not in str(storage.log)
@@ -309,7 +377,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(hub: tuple[Plan, Plan], tm
 def test_the_hubs_refusal_is_not_tried_again(hub: tuple[Plan, Plan], tmp_path: Path) -> None:
     with pytest.raises(ShardError, match="HTTP 404"):
         download_shard(5, tmp_path, retry=QUICK)
-    assert [method for method, _, _ in hub[0].log] == ["HEAD"]
+    assert [method for method, _, _ in hub[0].log] == ["GET"]
 
 
 def test_no_token_goes_to_a_plain_web_server(plan: Plan, tmp_path: Path) -> None:
@@ -354,11 +422,15 @@ def test_a_full_disk_is_said_and_gets_its_room_back(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def half(download: Download, *_: object) -> None:
+        download.part.write_bytes(SHARD[:9000])
+        full()
+
     with monkeypatch.context() as patch:
         if where == "write":
-            patch.setattr(edu.data.download, "write_all", full)
+            patch.setattr(Download, "append", half)
         else:
-            patch.setattr(edu.data.download.os, "fsync", full)
+            patch.setattr("os.fsync", full)
         with pytest.raises(ShardError, match="No space left"):
             get(plan, tmp_path)
     assert names(tmp_path) == {"val/shard_00007.parquet"}
@@ -367,7 +439,8 @@ def test_a_full_disk_is_said_and_gets_its_room_back(
 
 CHILD = """
 import resource, signal, sys
-from edu.data.shards import download_shard, find_source
+from edu.data.shards import download_shard
+from edu.data.sources import find_source
 if len(sys.argv) > 3:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
@@ -435,22 +508,6 @@ def test_two_processes_and_two_threads_make_one_download(plan: Plan, tmp_path: P
     assert names(tmp_path) == {"shard_00000.parquet"}
 
 
-def test_who_waited_for_a_file_that_was_removed_locks_a_new_one(tmp_path: Path) -> None:
-    path, found = tmp_path / "file", []
-
-    def wait() -> None:
-        with edu.data.download.locked(path) as file:
-            found.append(path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()))
-
-    waiter = threading.Thread(target=wait)
-    with edu.data.download.locked(path):
-        waiter.start()
-        time.sleep(0.05)
-        path.unlink()
-    waiter.join()
-    assert found == [True]
-
-
 def test_what_fails_is_returned_and_the_rest_is_there(plan: Plan, tmp_path: Path) -> None:
     failed = download_shards([0, 3, 7], tmp_path, source(plan), retry=QUICK)
     assert list(failed) == [3]
@@ -496,7 +553,9 @@ def test_known_sources_name_the_plans_urls() -> None:
     ("text", "val_index", "message"),
     [
         ("fineweb", None, "none of tiny, fineweb-edu"),
-        ("http://host/shard.parquet", None, "needs an {index}"),
+        ("http://host/{split}.parquet", None, "cannot be filled in"),
+        ("http://host/{index:.0s}shard.parquet", None, "cannot be filled in"),
+        ("http://host/shard.zip", None, "no file of .parquet, .jsonl, .txt"),
         ("org/name:data/{split}.parquet", None, "cannot be filled in"),
         ("http://host:port/{index}.parquet", None, "cannot be filled in"),
         ("climbmix", 3, "leave it out"),
@@ -555,6 +614,237 @@ def script(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(caught.value.code or 0)
 
 
+def texts_of(folder: Path, split: Literal["train", "val"]) -> list[str]:
+    """The documents of a split, sorted."""
+    return sorted(text for path in list_shards(folder, split) for text in pq.read_table(path)["text"].to_pylist())
+
+
+def write_files(folder: Path, files: dict[str, list[str]]) -> None:
+    """Documents as parquet, JSON lines or text, by the name's ending."""
+    for name, texts in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.table({"id": range(len(texts)), "text": texts}), path)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:
+            path.write_text("\n<|endoftext|>\n".join(texts))
+
+
+def documents(kind: str, count: int) -> list[str]:
+    return [f"{kind} {i} caf\u00e9" for i in range(count)]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl", "txt"])
+@pytest.mark.parametrize(
+    "layout", ["data/{}-00000-of-00001", "{}/0000", "{}", "my_set.{}.1", "en/{}-00000-of-00002-a09b74b3ef9c3b56"]
+)
+def test_splits_are_read_from_the_hubs_names_of_files_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ending: str, layout: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = {word: f"{layout.format(word)}.{ending}" for word in ("train", "validation", "test")}
+    write_files(tmp_path / "mine", {name: documents(word, 9) for word, name in named.items()})
+    assert script(monkeypatch, "--source", "mine") == 0
+    said = capsys.readouterr().out
+    assert named["test"] in said
+    strip = {text.strip() for text in texts_of(Path("data/mine"), "train")}
+    assert strip == set(documents("train", 9))
+    assert {text.strip() for text in texts_of(Path("data/mine"), "val")} == set(documents("validation", 9))
+    assert script(monkeypatch, "--source", "mine") == 0  # a rerun finds all of it
+    assert script(monkeypatch, "--out", "data/mine", "--verify") == 0
+
+
+@pytest.mark.parametrize("name", ["mine.parquet", "mine.jsonl", "mine.txt"])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_one_file_is_enough_and_gives_both_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, as_folder: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "mine", {name: documents("a", 300) + documents("a", 300)})  # each twice
+    assert script(monkeypatch, "--source", "mine" if as_folder else f"mine/{name}") == 0
+    train, val = (texts_of(Path("data/mine"), split) for split in ("train", "val"))
+    assert not {text.strip() for text in train} & {text.strip() for text in val}
+    assert {text.strip() for text in (*train, *val)} == set(documents("a", 300))
+    assert 1 <= len(val) <= 30
+    before = {path: path.stat().st_mtime_ns for path in Path("data/mine").rglob("*.parquet")}
+    assert script(monkeypatch, "--source", "mine" if as_folder else f"mine/{name}") == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("data/mine").rglob("*.parquet")} == before
+
+
+def test_files_of_several_kinds_and_many_small_texts_are_taken_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {f"notes/{i:03d}.txt": [f"note {i}"] for i in range(100)}
+    others = {"a.parquet": documents("a", 3), "b.jsonl": documents("b", 3)}
+    write_files(tmp_path / "mine", {**small, **others, ".hidden.txt": ["no"], "README.txt": ["no"]})
+    assert script(monkeypatch, "--source", "mine") == 0
+    train, val = (texts_of(Path("data/mine"), split) for split in ("train", "val"))
+    wanted = {*documents("a", 3), *documents("b", 3), *(f"note {i}" for i in range(100))}
+    assert {*train, *val} == wanted
+    assert len(train) + len(val) == len(wanted)
+    assert val
+    assert len(list_shards(Path("data/mine"), "train")) == 2
+
+
+def test_a_folder_whose_files_have_changed_since_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path / "mine", {"b.parquet": documents("b", 9), "c.jsonl": documents("c", 9)})
+    assert script(monkeypatch, "--source", "mine") == 0
+    write_files(tmp_path / "mine", {"a.parquet": documents("a", 9)})
+    assert script(monkeypatch, "--source", "mine") == 1
+
+
+def test_a_text_without_separators_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    paragraphs = [f"{i} " + "word " * 100 + "\n\n" for i in range(100)]
+    (tmp_path / "book.txt").write_text("".join(paragraphs))
+    write_shard([tmp_path / "book.txt"], tmp_path / "shard", None)
+    found = pq.read_table(tmp_path / "shard")["text"].to_pylist()
+    assert "".join(found) == "".join(paragraphs)
+    assert 10 <= len(found) <= 20
+    assert all(text.endswith("\n\n") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "caf\u00e9".encode("utf-16"), "a.txt: not UTF-8"),
+        ("a.txt", "cafe".encode("utf-16-le"), "a.txt: holds zero bytes"),
+        ("a.txt", "caf\u00e9".encode("latin-1"), "a.txt: not UTF-8"),
+        ("a.txt", b"short", "a.txt: one document cannot be both"),
+        ("a.txt", b" \n", "one document cannot be both"),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, row 1: needs a field 'text'"),
+        ("a.jsonl", b'{"messages": []}', "has messages"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "a.jsonl, row 1: not UTF-8"),
+        ("a.jsonl", b"", "a.jsonl: no rows"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
+        ("a.zip", b"", "holds no training files"),
+        ("validation.jsonl", b'{"text": "a"}', "holds no training files"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", name).write_bytes(content)
+    assert script(monkeypatch, "--source", "mine") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert names(Path("data")) == set()
+
+
+def test_a_url_of_many_shards_needs_no_flag_and_no_file_is_in_both_splits(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan.files["/deep/shard_00000.parquet"] = parquet(0)
+    plan.files["/deep/shard_00001.parquet"] = parquet(1)
+    pattern = f"{plan.url}/deep/shard_{{index:05d}}.parquet"
+    assert script(monkeypatch, "--source", pattern, "--num-shards", 2) == 0
+    assert f"{pattern}, a share of shard 0 for validation -> data/deep: 2 shards" in capsys.readouterr().out
+    train, val = (texts_of(Path("data/deep"), split) for split in ("train", "val"))
+    assert not set(train) & set(val)
+    assert len(train) + len(val) == 400
+    assert names(Path("data/deep")) == {"shard_00000.parquet", "shard_00001.parquet", "val/shard_00000.parquet"}
+    assert script(monkeypatch, "--source", pattern, "--num-shards", 2) == 0
+    assert len(plan.log) == 2
+    assert script(monkeypatch, "--out", "data/deep", "--verify") == 0
+    assert script(monkeypatch, "--source", pattern, "--num-shards", 1, "--val-index", 1) == 2  # shard 1 is for training
+    assert texts_of(Path("data/deep"), "val") == val
+
+
+def test_a_shard_of_one_split_never_enters_the_other(plan: Plan, tmp_path: Path) -> None:
+    get(plan, tmp_path, index=7)
+    other = replace(source(plan), validation=(0,))
+    with pytest.raises(ShardError, match="in the other split"):
+        download_shard(7, tmp_path, other, retry=QUICK)
+    assert names(tmp_path) == {"val/shard_00007.parquet"}
+
+
+@pytest.mark.parametrize("name", ["one.jsonl", "one.txt", "one.parquet"])
+def test_one_url_is_a_source(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path, {name: documents("a", 200)})
+    plan.files[f"/{name}"] = Path(name).read_bytes()
+    plan.faults = [Fault("truncate", 200)]
+    monkeypatch.setattr("edu.data.download.Retry.backoff", lambda *_: 0.0)
+    assert script(monkeypatch, "--source", f"{plan.url}/{name}?signature=secret") == 0
+    train, val = (texts_of(Path("data/one"), split) for split in ("train", "val"))
+    assert {text.strip() for text in (*train, *val)} == set(documents("a", 200))
+    assert val
+    assert names(Path("data/one")) == {"shard_00000.parquet", "val/shard_00000.parquet"}
+    assert "secret" not in Path("data/one/manifest.json").read_text()
+
+
+def hub_of(files: dict[str, bytes], repo: str) -> dict[str, bytes]:
+    """What the Hub answers for a data set of these files."""
+    siblings = [{"rfilename": name, "size": len(body)} for name, body in files.items()]
+    info = {"id": repo, "sha": "a" * 40, "siblings": siblings}
+    served = {f"/datasets/{repo}/resolve/main/{name}": body for name, body in files.items()}
+    return {f"/api/datasets/{repo}": json.dumps(info).encode(), **served}
+
+
+def test_a_data_set_of_the_hub_is_listed_and_its_own_validation_split_used(
+    hub: tuple[Plan, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server, server.storage = hub[0], ""
+    files = {f"data/train-0000{i}-of-00002.parquet": parquet(i) for i in (0, 1)}
+    files |= {"data/validation-00000-of-00001.parquet": parquet(2), "data/test-00000-of-00001.parquet": parquet(3)}
+    server.files |= hub_of({**files, "README.md": b"hello", "vocab.txt": b"a b c"}, "me/stories")
+    assert script(monkeypatch, "--source", "me/stories") == 0
+    copied = [path.read_bytes() for path in sorted(Path("data/stories").rglob("*.parquet"))]
+    assert copied == [parquet(0), parquet(1), parquet(2)]
+    said = capsys.readouterr().out
+    assert "2 shards for training, 1 for validation, 0.07 MB" in said
+    assert "left out (other splits): data/test-00000-of-00001.parquet" in said
+
+
+def test_a_data_set_of_the_hub_in_one_file_gives_both_splits(
+    hub: tuple[Plan, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server, server.storage = hub[0], ""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents("a", 200)).encode()
+    server.files |= hub_of({"train.jsonl": lines}, "me/one")
+    assert script(monkeypatch, "--source", "me/one") == 0
+    train, val = (texts_of(Path("data/one"), split) for split in ("train", "val"))
+    assert {*train, *val} == set(documents("a", 200))
+    assert val
+
+
+def test_of_several_data_sets_in_a_repository_one_is_chosen_by_path(
+    hub: tuple[Plan, Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    server, server.storage = hub[0], ""
+    files = {
+        f"{name}/{split}-00000-of-00001.parquet": parquet(7) for name in ("de", "en") for split in ("train", "dev")
+    }
+    server.files |= hub_of(files, "me/both")
+    assert script(monkeypatch, "--source", "me/both") == 2
+    assert "choose one of me/both:de, me/both:en" in capsys.readouterr().err
+    assert script(monkeypatch, "--source", "me/both:en") == 0
+    assert names(Path("data/both")) == {"shard_00000.parquet", "val/shard_00001.parquet"}
+    assert script(monkeypatch, "--source", "me/none") == 2
+    assert "me/none" in capsys.readouterr().err
+
+
+def test_shards_are_listed_by_the_splits_their_names_say(tmp_path: Path) -> None:
+    """Also where a folder of the Hub's layout is given to training as it stands."""
+    write_files(tmp_path, {f"data/{split}-0.parquet": [split] for split in ("train", "validation", "test")})
+    assert texts_of(tmp_path, "train") == ["train"]
+    assert texts_of(tmp_path, "val") == ["validation"]
+
+
 @pytest.mark.usefixtures("hub")
 def test_the_script_fetches_both_splits_verifies_and_reports_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -587,8 +877,6 @@ def test_the_tiny_source_is_written_entered_and_verified(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "org/name"], "--val-index"),
-        (["--source", "http://host/{index}.parquet"], "--out"),
         (["--source", "climbmix", "--num-shards", 0], "--num-shards 0"),
         (["--workers", 0], "--workers 0"),
         (["--source", "climbmix", "--verify"], "nothing to verify"),

@@ -69,3 +69,14 @@ def _proxy_of(request: Any) -> str:
         return ""
     proxies = getproxies()
     return (proxies.get(request.url.scheme) or proxies.get("all", "")).rpartition("@")[2]
+
+
+def public_url(text: str) -> str:
+    """Return a URL, or text that holds some, without what may be secret: user and password, and what follows a "?".
+
+    >>> public_url("https://me:key@host/a.parquet?signature=x")
+    'https://host/a.parquet'
+    >>> public_url("HF_ENDPOINT=http://me:p@ss@host: no answer")
+    'HF_ENDPOINT=http://host: no answer'
+    """
+    return re.sub(r"(://)(?:[^/\s]*@)?([^\s?]*)(\?\S*)?", r"\1\2", text)

@@ -1,35 +1,34 @@
-"""One file from a URL to a path, so that nothing unchecked ever stands at that path: the network half of challenge 1.
+"""Download one file over HTTP so that nothing unchecked ever stands at its path (the network half of challenge 1).
 
-1. What is there already is complete: nothing to do.
-2. Otherwise the bytes are appended to `.NAME.part`, held by flock: one process owns it, the others wait and find PATH.
-3. A broken attempt is repeated after exponential backoff with jitter, or the server's Retry-After. It goes on by Range
+1. A file that is there is complete: nothing to do.
+2. Bytes are appended to `.NAME.part`. A lock makes one process its owner; the others wait, and find the file.
+3. A failed attempt is repeated after exponential backoff with jitter, or the server's Retry-After. It continues by Range
    (RFC 9110, 14), in a later process too, if the strong ETag kept in `.NAME.etag` still holds; else it starts anew.
 4. Size, sha256 (where the server gives one) and the caller's check come first, then fsync, then the rename.
 """
 
 import base64
+import contextlib
 import errno
-import fcntl
 import hashlib
-import io
-import os
 import random
 import re
+import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import NoReturn
+from threading import Event, Thread
+from typing import Any, NoReturn
 
 import httpx2
-from huggingface_hub import get_hf_file_metadata
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from filelock import FileLock
+from huggingface_hub import is_offline_mode
 from huggingface_hub.utils import build_hf_headers
 
-from edu.config.network import http_client, settings_fault
-from edu.data.atomic_io import publish
+from edu.config.network import http_client, public_url, settings_fault
+from edu.data.atomic_io import publish, write_text
 
 Report = Callable[[int, int | None], None]  # (bytes here, bytes in all or None), called after each piece
 
@@ -48,7 +47,7 @@ class Again(Exception):
 
 @dataclass(frozen=True)
 class Retry:
-    """How long to insist. `attempts` bounds the failures in a row; `progress` new bytes start that count anew."""
+    """Patience with a server. `attempts` bounds the failures in a row; `progress` new bytes start that count anew."""
 
     attempts: int = 6
     progress: int = 1 << 20  # bytes
@@ -56,11 +55,174 @@ class Retry:
     patience: float = 600.0  # seconds: a server that asks for a longer wait (Retry-After) is given up
     timeout: float = 30.0  # seconds without a byte that make an attempt fail
     window: float = 60.0  # seconds over which the speed is measured
-    min_rate: float = 1024.0  # bytes per second: slower over a window makes an attempt fail
+    min_rate: float = 1024.0  # bytes of content per second: slower over a window makes an attempt fail
 
     def backoff(self, failures: int, asked: float) -> float:
-        """Seconds to wait after this many failures in a row: never less than the server asked for."""
+        """Return the seconds to wait after this many failures in a row: never less than the server asked for."""
         return max(asked, self.base * 2 ** (failures - 1) * (0.5 + random.random()))
+
+
+@dataclass
+class Watchdog:
+    """Shuts a connection down that brings less than `min_rate` over a window, be it headers that trickle in or content."""
+
+    retry: Retry
+    received: int = 0
+    stalled: bool = False
+    _sockets: list[socket.socket] = field(default_factory=list)
+    _done: Event = field(default_factory=Event)
+
+    def trace(self, _event: str, info: dict[str, Any]) -> None:
+        """Note the sockets that httpx2 opens."""
+        if get := getattr(info.get("return_value"), "get_extra_info", None):
+            self._sockets.append(get("socket"))
+
+    def _watch(self) -> None:
+        before = self.received
+        while not self._done.wait(self.retry.window):
+            if self.received - before < self.retry.min_rate * self.retry.window:
+                self.stalled = True
+                for each in self._sockets:
+                    with contextlib.suppress(OSError):
+                        each.shutdown(socket.SHUT_RDWR)
+            before = self.received
+
+    def __enter__(self) -> "Watchdog":
+        Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self.stalled:
+            raise Again(f"stalled: less than {self.retry.min_rate:.0f} bytes a second", keep=True)
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file on its way to `path`."""
+
+    url: str
+    path: Path
+    hub: bool
+    retry: Retry
+    report: Report | None
+
+    @property
+    def part(self) -> Path:
+        """The bytes that are here."""
+        return self.path.with_name(f".{self.path.name}.part")
+
+    @property
+    def etag_file(self) -> Path:
+        """Two lines: the URL and the strong ETag that they came under."""
+        return self.path.with_name(f".{self.path.name}.etag")
+
+    def size(self) -> int:
+        """Return how many bytes are here."""
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def restart(self) -> int:
+        """Forget what is here; return 0 bytes."""
+        self.part.unlink(missing_ok=True)
+        self.etag_file.unlink(missing_ok=True)
+        return 0
+
+    def run(self, check: Callable[[Path, bool], None], pause: Callable[[float], object]) -> None:
+        """Attempt until the partial file is whole and checked."""
+        failures = best = 0
+        if self.part.is_symlink() or self.etag_file.is_symlink():  # not ours: the file it points to stays as it is
+            self.restart()
+        hooks = {"response": [_check_redirect]}
+        with http_client(self.url, follow_redirects=True, timeout=self.retry.timeout, event_hooks=hooks) as client:
+            while True:
+                try:
+                    self.accept(check, *self.receive(client))
+                    return
+                except httpx2.HTTPError as error:
+                    if fault := settings_fault(error):  # no retry helps
+                        raise TransferError(fault) from error
+                    failure = Again(f"{type(error).__name__}: {error}", keep=True)
+                except Again as error:
+                    failure = error
+                size = self.size() if failure.keep else self.restart()
+                failures = 1 if size >= best + self.retry.progress else failures + 1
+                best = max(best, size)
+                if failures >= self.retry.attempts or failure.wait > self.retry.patience:
+                    raise Again(f"{failure} ({failures} failures in a row)", keep=True) from failure
+                pause(self.retry.backoff(failures, failure.wait))
+
+    def receive(self, client: httpx2.Client) -> tuple[int | None, str]:
+        """Ask once and append what is missing. Returns size and sha256 as the server tells them (None, "": it does not)."""
+        url, _, etag = self.etag_file.read_text().partition("\n") if self.etag_file.exists() else ("", "", "")
+        start = self.size() if etag and url == public_url(self.url) else self.restart()
+        headers = build_hf_headers() if self.hub else {}  # httpx2 drops the token when redirected to another origin
+        headers |= {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-", "If-Range": etag} if start else {})
+        with (
+            Watchdog(self.retry) as watchdog,
+            client.stream("GET", self.url, headers=headers, extensions={"trace": watchdog.trace}) as response,
+        ):
+            total = self.place(response, start, etag)
+            size, sha256 = self.hub_says(response)
+            if size is not None and total is not None and size != total:
+                raise Again(f"the Hub says {size} bytes, its storage {total}", keep=False)
+            total = total if size is None else size
+            if response.status_code != 416:
+                self.append(response.iter_raw(), total, watchdog)
+            return total, sha256 or _digest(response.headers)
+
+    def place(self, response: httpx2.Response, start: int, etag: str) -> int | None:
+        """Decide by the answer's head where its body belongs: behind what is here, or at 0. Returns the full size."""
+        given = response.headers.get("ETag", "")
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        total = int(span[2]) if span and span[2] != "*" else None
+        if response.status_code == 200:  # a new file, or a server without ranges
+            self.restart()
+            write_text(self.etag_file, f"{public_url(self.url)}\n{'' if given.startswith('W/') else given}")
+            return int(told) if (told := response.headers.get("Content-Length")) else None
+        if start and response.status_code == 206 and span and span[1] == str(start) and given == etag:
+            return total
+        if start and response.status_code == 416 and total == start and given in ("", etag):
+            return total  # an earlier attempt had it all
+        if response.status_code in (206, 416):
+            raise Again(f"the server answers a range of another file (HTTP {response.status_code})", keep=False)
+        refuse(response)
+
+    def hub_says(self, response: httpx2.Response) -> tuple[int | None, str]:
+        """Read size and, for large files, sha256 from the Hub's own answer, the one before it redirects to its storage."""
+        answers = [each.headers for each in (*response.history, response) if "X-Linked-Size" in each.headers]
+        if not (self.hub and answers):
+            return None, ""
+        etag = answers[0].get("X-Linked-Etag", "").strip('"')
+        return int(answers[0]["X-Linked-Size"]), etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+
+    def append(self, pieces: Iterable[bytes], total: int | None, watchdog: Watchdog) -> None:
+        """Write what comes, up to the announced size and not a byte more."""
+        done = self.size()
+        with self.part.open("ab") as file:
+            for piece in pieces:
+                watchdog.received += len(piece)
+                done += len(piece)
+                if total is not None and done > total:
+                    raise Again(f"more bytes come than the {total} that were announced", keep=False)
+                file.write(piece)
+                if self.report:
+                    self.report(done, total)
+
+    def accept(self, check: Callable[[Path, bool], None], size: int | None, sha256: str) -> None:
+        """Return if the partial file is whole and right."""
+        actual = self.size()
+        if size is not None and actual != size:
+            raise Again(f"{actual} bytes came of {size}", keep=actual < size)
+        if sha256 and sha256_of(self.part) != sha256:
+            raise Again(f"wrong content: its sha256 is not {sha256}", keep=False)
+        try:
+            check(self.part, bool(sha256))
+        except Again as error:
+            error.keep = size is None  # of unknown size: may be a good beginning
+            raise
+        except TransferError:
+            self.restart()
+            raise
 
 
 def fetch(
@@ -73,162 +235,43 @@ def fetch(
     pause: Callable[[float], object] = time.sleep,
     report: Report | None = None,
 ) -> bool:
-    """Have the content of `url` (http, https, or a local path) at `path`; False if something stood there already.
+    """Have the content of `url` (http or https) at `path`; False if something stood there already.
 
     `check(file, proven)` looks at the complete file (proven: its sha256 is the server's) and raises Again or
-    TransferError. `hub`: ask the Hub for size and sha256, and show it (no other host) the user's token.
+    TransferError. `hub`: show it (no other host) the user's token, and heed the size and sha256 that it tells.
     Raises Again when the attempts are used up (what came is kept for the next run), TransferError when no attempt
     can help, OSError from the disk (a full one is given its room back).
     """
-    part, etag_file = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.etag")
+    if hub and is_offline_mode():
+        raise TransferError("HF_HUB_OFFLINE is set, so nothing is fetched from the Hub: unset it")
+    download = Download(url, path, hub, retry or Retry(), report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _remove(part, etag_file)  # an earlier process may have been killed just before it did
-        return False
-    with locked(part) as file:
-        transfer = _Transfer(url, hub, etag_file, file, check, retry or Retry(), report)
-        try:
-            if path.exists():  # another process was faster
-                return False
-            transfer.run(part, pause)
-            publish(part, path)
-            return True
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                transfer.restart()
-            raise
-        finally:
-            if path.exists() or not transfer.size():  # nothing left to go on from
-                _remove(part, etag_file)
+    fresh = False
+    if not path.exists():
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            try:
+                if fresh := not path.exists():  # else another process was faster
+                    download.run(check, pause)
+                    publish(download.part, path)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    download.restart()
+                raise
+            finally:
+                if not download.size():
+                    download.restart()
+    if path.exists():  # leftovers, of a killed process too
+        download.restart()
+        with contextlib.suppress(OSError):  # Windows: who waits for it holds it open
+            path.with_name(f".{path.name}.lock").unlink()
+    return fresh
 
 
-@dataclass(frozen=True)
-class _Transfer:
-    """A file on its way: the partial file, open for appending and locked, and what an attempt needs to know."""
-
-    url: str
-    hub: bool
-    etag_file: Path
-    file: io.FileIO
-    check: Callable[[Path, bool], None]
-    retry: Retry
-    report: Report | None
-
-    def run(self, part: Path, pause: Callable[[float], object]) -> None:
-        """Attempt until the partial file is whole, checked and on the disk."""
-        failures, best = 0, 0
-        try:
-            client = http_client(self.url, follow_redirects=True, timeout=self.retry.timeout)
-        except ConnectionError as error:
-            raise TransferError(str(error)) from error
-        with client:
-            while True:
-                try:
-                    self.accept(part, *(self.receive(client) if "://" in self.url else self.copy()))
-                    return
-                except (httpx2.HTTPError, Again, ImportError, OfflineModeIsEnabled) as error:
-                    if fault := settings_fault(error):  # no retry helps
-                        raise TransferError(fault) from error
-                    failure = (
-                        error if isinstance(error, Again) else Again(f"{type(error).__name__}: {error}", keep=True)
-                    )
-                size = self.size() if failure.keep else self.restart()
-                failures = 1 if size >= best + self.retry.progress else failures + 1
-                best = max(best, size)
-                if failures >= self.retry.attempts or failure.wait > self.retry.patience:
-                    raise Again(f"{failure} ({failures} failures in a row)", keep=True) from failure
-                pause(self.retry.backoff(failures, failure.wait))
-
-    def receive(self, client: httpx2.Client) -> tuple[int | None, str]:
-        """Ask once and append what is missing. Returns size and sha256 as the server tells them (None, "": it does not)."""
-        size, sha256 = self.ask_hub() if self.hub else (None, "")
-        url, _, etag = self.etag_file.read_text().partition("\n") if self.etag_file.exists() else ("", "", "")
-        start = self.size() if etag and url == public(self.url) else self.restart()
-        headers = build_hf_headers() if self.hub else {}  # httpx2 drops the token when redirected to another origin
-        headers["Accept-Encoding"] = "identity"
-        if start:
-            headers |= {"Range": f"bytes={start}-", "If-Range": etag}
-        with client.stream("GET", self.url, headers=headers) as response:
-            total = self.place(response, start, etag)
-            if size is not None and total is not None and size != total:
-                raise Again(f"the Hub says {size} bytes, its storage {total}", keep=False)
-            total = total if size is None else size
-            if response.status_code != 416:
-                self.append(response.iter_raw(), total)
-            return total, sha256 or _digest(response.headers)
-
-    def place(self, response: httpx2.Response, start: int, etag: str) -> int | None:
-        """Decide by the answer's head where its body belongs: behind what is here, or at 0. Returns the full size."""
-        given = response.headers.get("ETag", "")
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-        total = int(span[2]) if span and span[2] != "*" else None
-        if response.status_code == 200:  # a new file, or a server without ranges
-            self.restart()
-            self.etag_file.write_text(f"{public(self.url)}\n{'' if given.startswith('W/') else given}")
-            return int(told) if (told := response.headers.get("Content-Length")) else None
-        fits = span and span[1] == str(start) and given in ("", etag)
-        if start and ((response.status_code == 206 and fits) or (response.status_code == 416 and total == start)):
-            return total  # 416: an earlier attempt had it all
-        if response.status_code in (206, 416):
-            raise Again(f"the server answers a range of another file (HTTP {response.status_code})", keep=False)
-        refuse(response)
-
-    def ask_hub(self) -> tuple[int | None, str]:
-        """Size and, for large files, sha256 from the Hub's answer to HEAD."""
-        try:
-            found = get_hf_file_metadata(self.url, timeout=self.retry.timeout)
-        except HfHubHTTPError as error:
-            refuse(error.response)
-        return found.size, found.etag if found.etag and re.fullmatch("[0-9a-f]{64}", found.etag) else ""
-
-    def copy(self) -> tuple[int, str]:
-        """What `receive` does, for a local file."""
-        self.restart()
-        with Path(self.url).open("rb") as original:
-            size = os.fstat(original.fileno()).st_size
-            self.append(iter(lambda: original.read(1 << 20), b""), size)
-        return size, ""
-
-    def append(self, pieces: Iterable[bytes], total: int | None) -> None:
-        """Write; an attempt slower than `min_rate` over a whole window fails, since it might trickle for ever."""
-        done = window_done = self.size()
-        window_start = time.monotonic()
-        for piece in pieces:
-            write_all(self.file, piece)
-            done += len(piece)
-            if self.report:
-                self.report(done, total)
-            if (passed := time.monotonic() - window_start) > self.retry.window:
-                if done - window_done < self.retry.min_rate * passed:
-                    raise Again(f"stalled: {done - window_done} bytes in {passed:.0f} s", keep=True)
-                window_start, window_done = time.monotonic(), done
-
-    def accept(self, part: Path, size: int | None, sha256: str) -> None:
-        """Return if the partial file is whole and right, and on the disk."""
-        actual = self.size()
-        if size is not None and actual != size:
-            raise Again(f"{actual} bytes came of {size}", keep=actual < size)
-        if sha256 and sha256_of(part) != sha256:
-            raise Again(f"wrong content: its sha256 is not {sha256}", keep=False)
-        try:
-            self.check(part, bool(sha256))
-        except Again as error:
-            error.keep = size is None  # of unknown size: may be a good beginning
-            raise
-        except TransferError:
-            self.restart()
-            raise
-
-    def size(self) -> int:
-        return self.file.seek(0, os.SEEK_END)
-
-    def restart(self) -> int:
-        return self.file.truncate(0)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _check_redirect(response: httpx2.Response) -> None:
+    """Raise TransferError for a redirect to anything but the web: file://, data:, ..."""
+    location = response.headers.get("Location", "") if response.is_redirect else ""
+    if (scheme := re.match(r"[A-Za-z][\w+.-]*(?=:)", location)) and scheme[0].lower() not in ("http", "https"):
+        raise TransferError(f"the server redirects to {scheme[0]}:, where nothing is fetched from; check --source")
 
 
 def refuse(response: httpx2.Response) -> NoReturn:
@@ -243,7 +286,7 @@ def refuse(response: httpx2.Response) -> NoReturn:
 
 
 def _retry_after(value: str) -> float:
-    """Seconds: RFC 9110, 10.2.3 allows a number or a date.
+    """Return seconds: RFC 9110, 10.2.3 allows a number or a date.
 
     >>> _retry_after("7"), _retry_after("Wed, 21 Oct 2015 07:28:00 GMT"), _retry_after("soon")
     (7.0, 0.0, 0.0)
@@ -255,43 +298,12 @@ def _retry_after(value: str) -> float:
 
 
 def _digest(headers: httpx2.Headers) -> str:
-    """The whole file's sha256 in hex from `Repr-Digest` (RFC 9530); "" without one."""
+    """Return the whole file's sha256 in hex from `Repr-Digest` (RFC 9530); "" without one."""
     found = re.search(r"sha-256=:([A-Za-z0-9+/]{43}=):", headers.get("Repr-Digest", ""))
     return base64.b64decode(found[1]).hex() if found else ""
 
 
-def public(url: str) -> str:
-    """The URL without what may be secret: user, password, query.
-
-    >>> public("https://me:key@host/a.parquet?signature=x")
-    'https://host/a.parquet'
-    """
-    return re.sub(r"(?<=://)[^/@]*@", "", url).partition("?")[0] if "://" in url else url
-
-
-def write_all(file: io.FileIO, piece: bytes) -> None:
-    """An unbuffered write may be short (a disk just full): go on until all is written or an OSError says why not."""
-    view = memoryview(piece)
-    while view:
-        view = view[file.write(view) :]
-
-
 def sha256_of(path: Path) -> str:
-    """The checksum in hex, read in pieces: about 1 GB/s."""
+    """Return the checksum in hex, read in pieces: about 1 GB/s."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[io.FileIO]:
-    """Create and open a file for appending, and be its only owner among processes and threads; waits for others."""
-    while True:
-        with path.open("ab+", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:  # the owner we waited for may have renamed or removed it: then we hold a nameless file
-                ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                ours = False
-            if ours:
-                yield file
-                return

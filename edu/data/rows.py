@@ -8,25 +8,29 @@ from typing import Any
 Row = tuple[str, dict[str, Any]]  # ("file, row 3", fields)
 
 
-def read_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a parquet or JSON-lines file, numbered from 1; ValueError on what cannot be read, and on no rows."""
+def read_rows(path: Path, column: str = "") -> Iterator[Row]:
+    """Yield the rows of a parquet or JSON-lines file, numbered from 1; ValueError on what cannot be read, and on no rows.
+
+    `column`: the only one that is needed of a parquet file.
+    """
     count = 0
-    for row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
+    for row in _parquet_rows(path, column) if path.suffix == ".parquet" else _json_rows(path):
         count += 1
         yield row
     if not count:
         raise ValueError(f"{path}: no rows; the file is empty")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            columns = [column] if column in file.schema_arrow.names else None
+            rows = (row for batch in file.iter_batches(1024, columns=columns) for row in batch.to_pylist())
             yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from error
 
 

@@ -9,7 +9,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Literal, TypedDict
@@ -17,13 +18,17 @@ from typing import Literal, TypedDict
 import httpx2
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from huggingface_hub import hf_hub_url
 
-from edu.data.atomic_io import write_text
-from edu.data.download import Again, Retry, TransferError, fetch, locked, public, sha256_of
+from edu.config.network import public_url
+from edu.data.atomic_io import publish, write_text
+from edu.data.download import Again, Retry, TransferError, fetch, sha256_of
 
 Progress = Callable[[int, int, int | None], None]  # (shard index, bytes here, bytes in all or None)
 SHARD_NAME = "shard_{index:05d}.parquet"
+SPLITS = {"train": "train training", "val": "validation valid val dev", "test": "test testing eval evaluation"}
+"""Words in a path that name a split, as the Hub reads them."""
 
 
 class ShardError(OSError):
@@ -31,7 +36,7 @@ class ShardError(OSError):
 
 
 class Entry(TypedDict):
-    """What the manifest knows of a file."""
+    """A file's entry in the manifest."""
 
     size: int
     sha256: str
@@ -41,39 +46,49 @@ class Entry(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """Where shards come from: a Hub dataset (has `repo`), a local folder (has `files`), else a web server.
+    """An origin of shards: a Hub data set (has `repo`), local files, or a web server.
 
     >>> KNOWN["fineweb-edu"].training(3), KNOWN["fineweb-edu"].validation
     ([0, 1, 2], (1822,))
     """
 
     name: str
-    """What --source said."""
+    """The value of --source."""
     pattern: str
-    """The file's path in the repo or the whole URL, {index} to be filled in; or the folder."""
+    """A path in the repo or a URL, {index} to be filled in; with `files`, the folder or file that holds them."""
     repo: str = ""
-    files: tuple[Path, ...] = ()
+    files: tuple[tuple[str, ...], ...] = ()
+    """By index, training first: what a shard is made of, a path in the repo or a URL, or several local paths."""
     num_shards: int | None = None
     """Training and validation together; None: unknown."""
     validation: tuple[int, ...] = ()
-    """The indices that go to val/."""
+    """The indices that go to val/. None given: a share of shard 0 does."""
+    convert: Callable[[Sequence[Path], Path, Path | None], None] | None = None
+    """Writes files as a shard, a share of it to the third path, if any; None: every file is a shard as it stands."""
+    sizes: tuple[int, ...] = ()
+    """Bytes by index, where known before."""
+    left_out: tuple[str, ...] = ()
+    """Files of other splits."""
 
     @property
     def origin(self) -> str:
-        """What the manifest remembers; shards of two origins never share a folder."""
-        return f"{self.repo}:{self.pattern}" if self.repo else public(self.pattern)
+        """Identity kept in the manifest; shards of two origins never share a folder."""
+        where = ":".join(filter(None, (self.repo, self.pattern))) if self.repo else public_url(self.pattern)
+        return f"{where}, a share of shard 0 for validation" if self.convert and not self.validation else where
+
+    def shares(self, index: int) -> bool:
+        """Check whether a part of this shard is the validation split, for want of another."""
+        return self.convert is not None and not self.validation and index == 0
 
     def url(self, index: int) -> str:
-        """The shard's address (on the Hub: below HF_ENDPOINT) or local path; ValueError if there is no such shard."""
+        """Return the file's address (on the Hub: below HF_ENDPOINT) or local path; ValueError if there is no such shard."""
         if index < 0 or (self.num_shards is not None and index >= self.num_shards):
             raise ValueError(f"source {self.name} has no shard {index}; its last is {(self.num_shards or 0) - 1}")
-        if self.files:
-            return str(self.files[index])
-        file = self.pattern.format(index=index)
+        file = self.files[index][0] if self.files else self.pattern.format(index=index)
         return hf_hub_url(self.repo, file, repo_type="dataset") if self.repo else file
 
     def training(self, count: int) -> list[int]:
-        """The first `count` indices that are not validation."""
+        """Return the first `count` indices that are not validation."""
         most = None if self.num_shards is None else self.num_shards - len(self.validation)
         if count < 1 or (most is not None and count > most):
             limit = "1 or more" if most is None else f"1 to {most}"
@@ -90,62 +105,54 @@ KNOWN = {
 }
 
 
-def find_source(text: str, val_index: int | None = None) -> Source:
-    """Read --source: a known name, `https://host/part-{index:03d}.parquet`, a folder, or `org/name[:pattern]` (Hub).
+def split_of(name: str) -> str:
+    """Return the split (of SPLITS) that the first such word in a path names; "train" without one.
 
-    `val_index` names the validation shard where the source does not (a folder may have its own `val/`).
-
-    >>> find_source("org/name:data/train-{index:05d}.parquet", val_index=9).repo
-    'org/name'
+    >>> split_of("data/validation-00000-of-00001.parquet"), split_of("val/shard_7.parquet"), split_of("latest.txt")
+    ('val', 'val', 'train')
     """
-    if text in KNOWN:
-        source = KNOWN[text]
-    elif re.match("https?://", text):
-        source = Source(text, _checked(text))
-    elif Path(text).is_dir():
-        folder = Path(text).resolve()
-        train, val = sorted(folder.glob("*.parquet")), sorted(folder.glob("val/*.parquet"))
-        validation = tuple(range(len(train), len(train) + len(val)))
-        source = Source(text, str(folder), "", (*train, *val), len(train) + len(val), validation)
-    elif match := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::(.+))?", text):
-        source = Source(text, _checked(match[2] or SHARD_NAME), match[1])
-    else:
-        names = ", ".join(["tiny", *KNOWN])
-        raise ValueError(f"--source {text}: is none of {names}, a folder, a URL pattern, org/name[:pattern]")
-    if val_index is None:
-        return source
-    if source.validation:
-        raise ValueError(f"--val-index {val_index}: source {text} names its validation shards itself; leave it out")
-    source.url(val_index)
-    return replace(source, validation=(val_index,))
-
-
-def _checked(pattern: str) -> str:
-    """The pattern, if it gives each index a URL of its own."""
-    try:
-        first, second = pattern.format(index=0), pattern.format(index=1)
-        httpx2.URL(first)
-    except (LookupError, ValueError, AttributeError, httpx2.InvalidURL) as error:
-        raise ValueError(f"--source: the pattern {pattern} cannot be filled in: {error}") from error
-    if first == second:
-        raise ValueError(f"--source: the pattern {pattern} needs an {{index}}, such as {SHARD_NAME}")
-    return pattern
+    split_by_word = {word: split for split, words in SPLITS.items() for word in words.split()}
+    found = re.search(rf"(?<![a-z])({'|'.join(split_by_word)})(?![a-z])", name.lower())
+    return split_by_word[found[1]] if found else "train"
 
 
 def shard_path(index: int, target_dir: Path | str, source: Source) -> Path:
-    """The final name: validation shards in `val/`, where training never looks."""
+    """Return the final path: validation shards in `val/`, where training never looks."""
     return Path(target_dir, "val" if index in source.validation else "", SHARD_NAME.format(index=index))
 
 
+def parquet_files(data_dir: Path | str) -> list[Path]:
+    """List all parquet files below a folder, sorted, hidden ones left out."""
+    found = sorted(Path(data_dir).rglob("*.parquet"))
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(data_dir).parts)]
+
+
 def list_shards(data_dir: Path | str, split: Literal["train", "val"]) -> list[Path]:
-    """The shards of one split, sorted, folders within included; ValueError naming the command when there are none."""
-    folder = Path(data_dir, "val") if split == "val" else Path(data_dir)
-    found = (path for path in folder.rglob("*.parquet") if path.relative_to(folder).parts[0] != "val")
-    if shards := sorted(found):
+    """List the shards of one split, sorted, folders within included; ValueError naming the command when there are none."""
+    folder, found = Path(data_dir), parquet_files(data_dir)
+    if shards := [path for path in found if split_of(path.relative_to(folder).as_posix()) == split]:
         return shards
-    name = Path(data_dir).name if Path(data_dir).name in {"tiny", *KNOWN} else "SOURCE"
-    command = f"python scripts/download_shards.py --source {name} --out {data_dir}"
-    raise ValueError(f"{folder}: no {split} shards (*.parquet) here; run: {command}")
+    if found and not (folder / "manifest.json").exists():
+        command = f"--source {data_dir} --out data/mine (takes a share for validation), and use data/mine"
+    else:
+        command = f"--source {folder.name if folder.name in {'tiny', *KNOWN} else 'SOURCE'} --out {data_dir}"
+    where = folder / "val" if split == "val" else folder
+    raise ValueError(f"{where}: no {split} shards (*.parquet) here; run: python scripts/download_shards.py {command}")
+
+
+def find_pattern(text: str) -> Source:
+    """Read a known name, `https://host/part-{index:03d}.parquet`, or `org/name:path-{index:05d}.parquet` (on the Hub)."""
+    if text in KNOWN:
+        return KNOWN[text]
+    repo, _, file = ("", "", text) if re.match("https?://", text) else text.partition(":")
+    try:
+        first, second = file.format(index=0), file.format(index=1)
+        httpx2.URL(first)
+    except (LookupError, ValueError, AttributeError, httpx2.InvalidURL) as error:
+        raise ValueError(f"--source: the pattern {public_url(file)} cannot be filled in: {error}") from error
+    if first == second:
+        raise ValueError(f"--source {public_url(text)}: the pattern needs an {{index}}, such as {SHARD_NAME}")
+    return Source(text, file, repo)
 
 
 def download_shard(
@@ -163,20 +170,68 @@ def download_shard(
     column `text`); ValueError for a source or index that does not exist. Whatever happens, a power failure included,
     the final name holds the right file or does not exist, and calling again completes it.
     """
-    source = find_source(source) if isinstance(source, str) else source
+    source = find_pattern(source) if isinstance(source, str) else source
     url, path = source.url(index), shard_path(index, target_dir, source)
+    refuse_mixing(target_dir, source.origin)
     report = (lambda done, total: on_progress(index, done, total)) if on_progress else None
+    get = partial(fetch, hub=bool(source.repo), retry=retry, pause=pause, report=report)
+    twin = Path(target_dir, "" if path.parent.name == "val" else "val", path.name)
+    shared = source.shares(index)
+    files = source.files[index] if source.files and not source.repo else (url,)
+    place = public_url(url) if len(files) == 1 else f"{url} and {len(files) - 1} more"
     try:
-        refuse_mixing(target_dir, source.origin)
-        fresh = fetch(url, path, check_parquet, hub=bool(source.repo), retry=retry, pause=pause, report=report)
-        record_shard(path, target_dir, public(url), source.origin, checked=fresh)
+        if twin.exists() and not shared:
+            raise TransferError(f"{twin} is this shard in the other split; delete it, or choose another --out")
+        if source.convert and (shared or "://" not in url or _suffix(url) in (".jsonl", ".txt")):
+            fresh = _convert(files, path, twin if shared else None, source.convert, get)
+        else:
+            fresh = get(url, path, check_parquet)
+        for made in (path, twin) if shared else (path,):
+            record_shard(made, target_dir, place, source.origin, checked=fresh)
     except Again as error:
-        raise ShardError(f"{path}: {public(url)}: {error}; run it again, it goes on from here") from error
+        raise ShardError(f"{path}: {public_url(f'{url}: {error}')}; run it again, it goes on from here") from error
     except TransferError as error:
-        raise ShardError(f"{path}: {public(url)}: {error}") from error
+        raise ShardError(f"{path}: {public_url(f'{url}: {error}')}") from error
     except OSError as error:
-        raise ShardError(f"{path}: {public(url)}: {error}; mend that (room? rights?) and run it again") from error
+        raise ShardError(f"{path}: {public_url(f'{url}: {error}')}; mend that (room? rights?) and run it again") from error
     return path
+
+
+def _suffix(url: str) -> str:
+    return Path(httpx2.URL(url).path).suffix.lower() or ".parquet"
+
+
+def _convert(
+    files: Sequence[str],
+    path: Path,
+    share: Path | None,
+    convert: Callable[[Sequence[Path], Path, Path | None], None],
+    get: Callable[[str, Path, Callable[[Path, bool], None]], bool],
+) -> bool:
+    """Have the shard of files that are no shards yet, fetched first if they lie elsewhere; False if it is there already."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    targets = [path] if share is None else [share, path]  # in the order of their renaming
+    if all(target.exists() for target in targets):
+        return False
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if all(target.exists() for target in targets):  # another process was faster
+            return False
+        raw = [Path(file) for file in files]
+        if remote := "://" in files[0]:
+            raw = [path.with_name(f".{path.stem}.raw{_suffix(files[0])}")]
+            get(files[0], raw[0], (lambda *_: None) if _suffix(files[0]) in (".jsonl", ".txt") else check_parquet)
+        temporary = [target.with_name(f".{target.name}.tmp") for target in targets]
+        try:
+            for each in temporary:
+                each.parent.mkdir(parents=True, exist_ok=True)
+                each.unlink(missing_ok=True)
+            convert(raw, temporary[-1], None if share is None else temporary[0])
+            for each, target in zip(temporary, targets, strict=True):
+                publish(each, target)
+        finally:
+            for each in [*temporary, *(raw if remote and path.exists() else ())]:
+                each.unlink(missing_ok=True)
+    return True
 
 
 def download_shards(
@@ -239,14 +294,14 @@ def check_parquet(path: Path, proven: bool = False) -> None:
 
 
 def holds_text(schema: pa.Schema, column: str) -> bool:
-    """Whether a file of this schema has such a column of strings, plain or by dictionary."""
+    """Check whether a file of this schema has such a column of strings, plain or by dictionary."""
     kind = schema.field(column).type if column in schema.names else pa.null()
     kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
     return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def read_manifest(data_dir: Path | str) -> dict[str, Entry]:
-    """Entries by path relative to the folder ("val/shard_01822.parquet"); empty without a manifest."""
+    """Return the entries by path relative to the folder ("val/shard_01822.parquet"); empty without a manifest."""
     path = Path(data_dir, "manifest.json")
     try:
         return json.loads(path.read_text()) if path.exists() else {}
@@ -264,6 +319,8 @@ def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, che
     """Enter a shard in the manifest; ShardError if what stands there is not what was entered, or no shard at all."""
     folder, name, size = Path(data_dir), path.relative_to(data_dir).as_posix(), path.stat().st_size
     if known := read_manifest(folder).get(name):
+        if "://" not in url + known["url"] and url and known["url"] != url:
+            raise TransferError(f"it was made of {known['url']}; delete {folder}, or choose another --out")
         if known["size"] != size:
             raise TransferError(f"the file has {size} bytes, its manifest says {known['size']}; delete it and rerun")
         return
@@ -272,7 +329,7 @@ def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, che
     except (Again, TransferError) as error:
         raise TransferError(f"{error}; delete the file and rerun") from error
     entry: Entry = {"size": size, "sha256": sha256_of(path), "url": url, "source": origin}
-    with locked(folder / ".manifest.lock"):
+    with FileLock(folder / ".manifest.lock"):
         entries = dict(sorted({**read_manifest(folder), name: entry}.items()))
         write_text(folder / "manifest.json", json.dumps(entries, indent=1))
 
@@ -289,7 +346,7 @@ def verify_folder(data_dir: Path | str) -> list[str]:
             problems.append(f"{path}: missing; download it again")
         elif path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
             problems.append(f"{path}: not the file that was downloaded; delete it and download it again")
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")}
+    found = {path.relative_to(folder).as_posix() for path in parquet_files(folder)}
     return problems + [
         f"{folder / name}: not in the manifest; download or remove it" for name in sorted(found - set(manifest))
     ]
