@@ -804,7 +804,7 @@ def test_a_data_set_of_the_hub_is_listed_and_its_own_validation_split_used(
     copied = [path.read_bytes() for path in sorted(Path("data/stories").rglob("*.parquet"))]
     assert copied == [parquet(0), parquet(1), parquet(2)]
     said = capsys.readouterr().out
-    assert "2 shards for training, 1 for validation, 0.07 MB" in said
+    assert "2 shards for training, 1 for validation, 0.05 MB" in said
     assert "left out (other splits): data/test-00000-of-00001.parquet" in said
 
 

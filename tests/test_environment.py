@@ -15,7 +15,8 @@ from fault_server import Plan, serve
 
 from edu.config.cli import prepare_environment
 from edu.config.network import http_client
-from edu.data.shards import ShardError, download_shard, find_source
+from edu.data.shards import ShardError, download_shard
+from edu.data.sources import find_source
 
 ROOT = Path(__file__).parents[1]
 SELF_SIGNED = Path(__file__).parent / "data" / "self_signed.pem"
@@ -91,7 +92,7 @@ def test_servers_on_this_machine_are_reached_whatever_proxy_is_set(
         monkeypatch.setenv(name, "socks5://me:secret@127.0.0.1:1")
     content = (Path(__file__).parent / "data" / "old_run" / "data" / "shard_00000.parquet").read_bytes()
     with serve(Plan({"/shard_00000.parquet": content})) as plan:
-        source = find_source(f"{plan.url}/shard_{{index:05d}}.parquet")
+        source = find_source(f"{plan.url}/shard_{{index:05d}}.parquet", val_index=7)
         assert download_shard(0, tmp_path, source).read_bytes() == content
 
 
@@ -186,3 +187,52 @@ def test_the_tests_pass_whatever_is_exported(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"{len(sensitive)} passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "variables"),
+    [
+        (
+            (
+                "scripts/download_shards.py",
+                "--source",
+                "http://me:s3cret@127.0.0.1:1/a.parquet?key=s3cret",
+                "--out",
+                "OUT",
+            ),
+            {},
+        ),
+        (("scripts/download_shards.py", "--source", "http://me:s3cret@127.0.0.1:1/a.zip", "--out", "OUT"), {}),
+        (("scripts/download_shards.py", "--source", "http://me:s3cret@127.0.0.1:1/{x}", "--out", "OUT"), {}),
+        (("scripts/download_shards.py", "--source", "ftp://me:s3cret@127.0.0.1:1/a.parquet", "--out", "OUT"), {}),
+        (
+            ("scripts/download_shards.py", "--source", "me/mine", "--out", "OUT"),
+            {"HF_ENDPOINT": "http://me:s3cret@127.0.0.1:1"},
+        ),
+        (
+            ("scripts/make_identity.py", "--model", "x", "--out", "OUT"),
+            {"OPENAI_BASE_URL": "http://me:s3cret@127.0.0.1:1/v1"},
+        ),
+        (("scripts/chat.py", "-p", "hi", "--model", "me/mine"), {"HF_ENDPOINT": "http://me:s3cret@127.0.0.1:1"}),
+        (("scripts/chat.py", "-p", "hi", "--model", "http://me:s3cret@127.0.0.1:1/mine"), {}),
+    ],
+)
+def test_passwords_in_urls_are_never_printed(
+    tmp_path: Path, command: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in command]
+    code = "import runpy, sys; from edu.data.download import Retry; Retry.backoff = lambda *_: 0.0; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        env=os.environ | {"HF_HOME": str(tmp_path), "OPENAI_API_KEY": "k"} | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "127.0.0.1:1" in done.stderr or "me/mine" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "s3cret" not in done.stderr + done.stdout
+    assert not any(b"s3cret" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

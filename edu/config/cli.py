@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
-from edu.config.network import settings_fault
+from edu.config.network import public_url, settings_fault
 from edu.config.reading import read_yaml
 from edu.config.terminal import printable
 
@@ -154,6 +154,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, ImportError) and not fault:
             raise
         message = str(error) if fault in str(error) else f"{error}: {fault}"
-        print(f"error: {printable(message)}", file=sys.stderr)
+        print(f"error: {printable(public_url(message))}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

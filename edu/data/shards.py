@@ -22,10 +22,11 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_url
 
 from edu.config.network import public_url
-from edu.data.atomic_io import publish, write_text
+from edu.data.atomic_io import write_text
 from edu.data.download import Again, Retry, TransferError, fetch, sha256_of
 
 Progress = Callable[[int, int, int | None], None]  # (shard index, bytes here, bytes in all or None)
+Get = Callable[[str, Path, Callable[[Path, bool], None]], bool]  # (URL, path, check), as `fetch`
 SHARD_NAME = "shard_{index:05d}.parquet"
 SPLITS = {"train": "train training", "val": "validation valid val dev", "test": "test testing eval evaluation"}
 """Words in a path that name a split, as the Hub reads them."""
@@ -63,8 +64,8 @@ class Source:
     """Training and validation together; None: unknown."""
     validation: tuple[int, ...] = ()
     """The indices that go to val/. None given: a share of shard 0 does."""
-    convert: Callable[[Sequence[Path], Path, Path | None], None] | None = None
-    """Writes files as a shard, a share of it to the third path, if any; None: every file is a shard as it stands."""
+    convert: Callable[[Sequence[str], Path, Path | None, Get], bool] | None = None
+    """Has files, fetched by `Get`, as a shard, a share of it at the third path if any; None: every file is a shard."""
     sizes: tuple[int, ...] = ()
     """Bytes by index, where known before."""
     left_out: tuple[str, ...] = ()
@@ -182,56 +183,21 @@ def download_shard(
     try:
         if twin.exists() and not shared:
             raise TransferError(f"{twin} is this shard in the other split; delete it, or choose another --out")
-        if source.convert and (shared or "://" not in url or _suffix(url) in (".jsonl", ".txt")):
-            fresh = _convert(files, path, twin if shared else None, source.convert, get)
+        if source.convert:
+            fresh = source.convert(files, path, twin if shared else None, get)
         else:
             fresh = get(url, path, check_parquet)
         for made in (path, twin) if shared else (path,):
             record_shard(made, target_dir, place, source.origin, checked=fresh)
     except Again as error:
         raise ShardError(f"{path}: {public_url(f'{url}: {error}')}; run it again, it goes on from here") from error
-    except TransferError as error:
+    except (TransferError, ConnectionError) as error:
         raise ShardError(f"{path}: {public_url(f'{url}: {error}')}") from error
     except OSError as error:
-        raise ShardError(f"{path}: {public_url(f'{url}: {error}')}; mend that (room? rights?) and run it again") from error
+        raise ShardError(
+            f"{path}: {public_url(f'{url}: {error}')}; mend that (room? rights?) and run it again"
+        ) from error
     return path
-
-
-def _suffix(url: str) -> str:
-    return Path(httpx2.URL(url).path).suffix.lower() or ".parquet"
-
-
-def _convert(
-    files: Sequence[str],
-    path: Path,
-    share: Path | None,
-    convert: Callable[[Sequence[Path], Path, Path | None], None],
-    get: Callable[[str, Path, Callable[[Path, bool], None]], bool],
-) -> bool:
-    """Have the shard of files that are no shards yet, fetched first if they lie elsewhere; False if it is there already."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    targets = [path] if share is None else [share, path]  # in the order of their renaming
-    if all(target.exists() for target in targets):
-        return False
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        if all(target.exists() for target in targets):  # another process was faster
-            return False
-        raw = [Path(file) for file in files]
-        if remote := "://" in files[0]:
-            raw = [path.with_name(f".{path.stem}.raw{_suffix(files[0])}")]
-            get(files[0], raw[0], (lambda *_: None) if _suffix(files[0]) in (".jsonl", ".txt") else check_parquet)
-        temporary = [target.with_name(f".{target.name}.tmp") for target in targets]
-        try:
-            for each in temporary:
-                each.parent.mkdir(parents=True, exist_ok=True)
-                each.unlink(missing_ok=True)
-            convert(raw, temporary[-1], None if share is None else temporary[0])
-            for each, target in zip(temporary, targets, strict=True):
-                publish(each, target)
-        finally:
-            for each in [*temporary, *(raw if remote and path.exists() else ())]:
-                each.unlink(missing_ok=True)
-    return True
 
 
 def download_shards(

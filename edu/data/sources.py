@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from edu.config.network import public_url
+from edu.data.atomic_io import publish
 from edu.data.download import Again, TransferError
 from edu.data.hub_files import hub_errors
 from edu.data.rows import read_rows
-from edu.data.shards import KNOWN, SPLITS, Source, check_parquet, find_pattern, split_of
+from edu.data.shards import KNOWN, SPLITS, Get, Source, check_parquet, find_pattern, split_of
 
 KINDS = (".parquet", ".jsonl", ".txt")
 SHARE = 50
@@ -36,10 +38,10 @@ def find_source(text: str, val_index: int | None = None) -> Source:
     """
     if text in KNOWN or "{" in text:
         source = find_pattern(text)
-        source = source if source.validation else replace(source, convert=write_shard)
+        source = source if source.validation else replace(source, convert=convert)
     elif "://" in text:
         _check_kind(text, urlsplit(text).path)
-        source = Source(text, text, "", ((text,),), 1, convert=write_shard)
+        source = Source(text, text, "", ((text,),), 1, convert=convert)
     elif Path(text).exists():
         source = _local_source(text, Path(text).resolve())
     elif text.partition(":")[0].count("/") == 1 and not text.startswith(("/", "./", "../", "~")):
@@ -75,7 +77,7 @@ def _local_source(text: str, place: Path) -> Source:
     files = tuple(tuple(str(folder / name) for name in group) for part in groups for group in part)
     totals = tuple(sum(sizes[name] for name in group) for part in groups for group in part)
     validation = tuple(range(len(groups[0]), len(files)))
-    return Source(text, str(place), "", files, len(files), validation, write_shard, totals, tuple(left_out))
+    return Source(text, str(place), "", files, len(files), validation, convert, totals, tuple(left_out))
 
 
 def _hub_source(text: str) -> Source:
@@ -97,7 +99,7 @@ def _hub_source(text: str) -> Source:
         raise ValueError(f"--source {text}: holds several data sets; choose one of {choice}")
     files, validation = tuple((name,) for name in (*train, *val)), tuple(range(len(train), len(train) + len(val)))
     totals = tuple(sizes[name] for name in (*train, *val))
-    return Source(text, path, repo, files, len(files), validation, write_shard, totals, tuple(left_out))
+    return Source(text, path, repo, files, len(files), validation, convert, totals, tuple(left_out))
 
 
 def _by_split(names: Sequence[str], text: str) -> tuple[list[str], list[str], list[str]]:
@@ -124,6 +126,36 @@ def _join(names: Sequence[str], sizes: dict[str, int]) -> list[list[str]]:
             groups.append([])
         groups[-1].append(name)
     return groups
+
+
+def convert(files: Sequence[str], path: Path, share: Path | None, get: Get) -> bool:
+    """Have files as the shard `path`, part of them as `share` if it is given; False if both are there already."""
+    remote, kind = "://" in files[0], PurePosixPath(urlsplit(files[0]).path).suffix.lower()
+    if remote and share is None and kind not in KINDS[1:]:
+        return get(files[0], path, check_parquet)
+    targets = [path] if share is None else [share, path]  # in the order of their renaming
+    if all(target.exists() for target in targets):
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if all(target.exists() for target in targets):  # another process was faster
+            return False
+        raw = [Path(file) for file in files]
+        if remote:
+            raw = [path.with_name(f".{path.stem}.raw{kind or '.parquet'}")]
+            get(files[0], raw[0], (lambda *_: None) if kind in KINDS[1:] else check_parquet)
+        temporary = [target.with_name(f".{target.name}.tmp") for target in targets]
+        try:
+            for each in temporary:
+                each.parent.mkdir(parents=True, exist_ok=True)
+                each.unlink(missing_ok=True)
+            write_shard(raw, temporary[-1], None if share is None else temporary[0])
+            for each, target in zip(temporary, targets, strict=True):
+                publish(each, target)
+        finally:
+            for each in [*temporary, *(raw if remote and path.exists() else ())]:
+                each.unlink(missing_ok=True)
+    return True
 
 
 def write_shard(files: Sequence[Path], shard: Path, share: Path | None) -> None:
