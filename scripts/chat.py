@@ -1,7 +1,13 @@
-"""Talk to a checkpoint. Example: python scripts/chat.py --model runs/tiny/rl -p "What is your name?" """
+"""Talk to a checkpoint. Example: python scripts/chat.py --model runs/tiny/rl -p "What is your name?"
 
+Without -p a conversation: /new begins another one, /system TEXT too, with that system message; /help, /quit.
+"""
+
+import secrets
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -26,11 +32,18 @@ class Args:
     """0 is greedy."""
     top_k: int | None = 50
     """Sample among the k likeliest tokens."""
-    seed: int = 0
+    seed: int | None = None
+    """Of the sampling; another one each time unless it is given."""
     max_new_tokens: int = 128
     """The longest answer; the rest of the context is left to the history."""
     show_tools: bool = False
     """Show calls of the calculator, as <<7*7=49>>."""
+
+
+HELP = """\
+/new            begin a new conversation
+/system TEXT    begin a new one with this system message (none: without)
+/quit           leave, as quit, exit and Ctrl-D do"""
 
 
 def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: Args) -> list[dict[str, Any]]:
@@ -47,7 +60,7 @@ def answer(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args: 
         stream = engine.stream(
             prompt,
             SamplingParams(args.max_new_tokens, args.temperature, args.top_k, stop_tokens=[tokenizer.assistant_end]),
-            seed=args.seed + len(messages),
+            seed=secrets.randbits(62) if args.seed is None else args.seed + len(messages),
             tool=calculator_tool(tokenizer),
         )
         for token in stream:
@@ -64,19 +77,32 @@ def converse(engine: "Engine", tokenizer: "Tokenizer", messages: list[Any], args
     """Read, answer, repeat, until the end of input. An exchange that cannot be part of a conversation is forgotten."""
     from edu.chat.chat_format import check_messages
 
-    print("Ask something; an empty line or Ctrl-D ends the conversation.")
+    with suppress(ImportError):  # line editing and history for input(); Windows' console has its own
+        import_module("readline")
+    print("Ask something. /help lists the commands.")
     while True:
         try:
-            question = input("> ").strip()
+            said = input("> ").strip()
         except EOFError:
             return
-        if not question:
-            return
-        asked = [*messages, {"role": "user", "content": question}]
-        try:
-            messages = check_messages([*asked, *answer(engine, tokenizer, asked, args)])
-        except ValueError as error:
-            print(f"(not kept: {printable(error)})")
+        command, _, text = said.partition(" ")
+        match command:
+            case "":
+                continue
+            case "/quit" | "quit" | "exit" if not text:
+                return
+            case "/new":
+                messages = messages[:1] if messages and messages[0]["role"] == "system" else []
+            case "/system":
+                messages = [{"role": "system", "content": text}] if text else []
+            case _ if command.startswith("/"):
+                print(HELP)
+            case _:
+                asked = [*messages, {"role": "user", "content": said}]
+                try:
+                    messages = check_messages([*asked, *answer(engine, tokenizer, asked, args)])
+                except ValueError as error:
+                    print(f"(not kept: {printable(error)})")
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ def test_the_environment_is_completed_and_nothing_of_it_is_overruled() -> None:
     }
     after = dict(before)
     prepare_environment(after)
-    assert after == before
+    assert after == before | {"MPLBACKEND": "agg"}
 
 
 DOWNLOAD = ("scripts/download_shards.py", "--source", "org/name", "--val-index", "1", "--num-shards", "1", "--out")

@@ -135,6 +135,7 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> N
         environment["SSL_CERT_FILE"] = bundle
     if (endpoint := environment.get("HF_ENDPOINT")) and "://" not in endpoint:
         environment["HF_ENDPOINT"] = f"https://{endpoint}"
+    environment["MPLBACKEND"] = "agg"  # figures become files; a notebook exports a backend that only its own kernel has
 
 
 def run_script(main: Callable[[], int | None]) -> NoReturn:
