@@ -226,20 +226,18 @@ def test_a_body_announced_as_too_large_is_refused_before_it_is_sent(url: str) ->
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000001\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(head.encode())
-        answer = connection.recv(10_000).decode()
+        answer = ""
+        while "}}" not in answer:
+            answer += connection.recv(10_000).decode()
     assert answer.startswith("HTTP/1.1 413 ")
     assert "larger than 1,000,000 bytes" in answer
 
 
-def test_a_body_without_a_length_is_read_up_to_the_limit(url: str) -> None:
-    def pieces() -> Iterator[bytes]:
-        for _ in range(400):
-            yield b" " * 100_000
-
-    with httpx2.Client(trust_env=False, timeout=20) as plain:
-        reply = plain.post(url + "/chat/completions", content=pieces(), headers={"Content-Type": "application/json"})
-    assert reply.status_code == 413
-    assert "larger than 1,000,000 bytes" in reply.json()["error"]["message"]
+def test_a_body_of_unknown_length_is_refused(url: str) -> None:
+    with httpx2.Client(trust_env=False) as plain:
+        reply = plain.post(url + "/chat/completions", content=iter([b"{", b"}"]))
+    assert reply.status_code == 411
+    assert "Content-Length" in reply.json()["error"]["message"]
 
 
 def test_a_wrong_method_is_told_the_right_one(url: str) -> None:

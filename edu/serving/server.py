@@ -23,7 +23,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edu.serving.protocol import ChatRequest, Reply, Responder
 from edu.synthetic.teacher import Teacher
@@ -168,29 +168,18 @@ def make_app(responder: Responder) -> FastAPI:
 
 
 class BodyLimit:
-    """Middleware: answer 413 to a body larger than MAX_BODY, before it is read where its length is announced."""
+    """Middleware that refuses a body larger than MAX_BODY, or of unknown length, before it is read."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with its body counted as it comes."""
-        announced = Headers(scope=scope).get("content-length", "0") if scope["type"] == "http" else "0"
-        read = int(announced) if announced.isdecimal() else 0
-        too_large = HTTPException(413, f"the body is larger than {MAX_BODY:,} bytes")
-        if read > MAX_BODY:
-            return await (await _http_error(Request(scope), too_large))(scope, receive, send)
-        read = 0
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY:
-                raise too_large
-            return message
-
-        return await self.app(scope, counted, send)
+        app, headers = self.app, Headers(scope=scope)
+        if int(headers.get("content-length", "0")) > MAX_BODY:
+            app = failure(413, f"the body is larger than {MAX_BODY:,} bytes")
+        elif "transfer-encoding" in headers:
+            app = failure(411, "a body needs a Content-Length")
+        await app(scope, receive, send)
 
 
 async def _events(request: ChatRequest, reply: Reply, turn: asyncio.Lock) -> AsyncIterator[str]:
