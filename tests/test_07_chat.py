@@ -273,7 +273,7 @@ def test_a_history_is_cut_in_time_linear_in_its_length(tokenizer: Tokenizer, mon
         ({"text": "x"}, "empty conversation"),
         ([user("a"), user("b")], "message 1: role 'user', expected assistant"),
         ([assistant("a")], "message 0: role 'assistant', expected system or user"),
-        ([system("a"), assistant("b")], "message 1: role 'assistant', expected user"),
+        ([system("a"), assistant("b")], "message 1: role 'assistant', expected system or user"),
         ([user("a"), system("b")], "message 1: role 'system', expected assistant"),
         ([user("a"), {"role": "bot", "content": "b"}], "message 1: role 'bot'"),
         ([user("a"), "b"], "message 1: role None"),
@@ -296,15 +296,165 @@ def test_conversations_out_of_order_are_refused_by_message(
         render(messages, tokenizer)
 
 
-def test_a_prompt_does_not_end_with_the_answer(tokenizer: Tokenizer) -> None:
+def test_a_prompt_does_not_end_with_the_answer(tokenizer: Tokenizer, auto: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="message 1: a prompt ends with"):
         render_prompt([user("a"), assistant("b")], tokenizer)
+    with pytest.raises(Exception, match="a prompt ends with"):
+        auto.apply_chat_template([user("a"), assistant("b")], add_generation_prompt=True)
 
 
 def test_template_refuses_a_role_it_would_drop(auto: PreTrainedTokenizerBase) -> None:
-    for messages in ([user("a"), system("b")], [user("a"), {"role": "bot", "content": "b"}]):
+    for messages in ([user("a"), system("b")], [user("a"), {"role": "bot", "content": "b"}], [user("a"), user("b")]):
         with pytest.raises(Exception, match="not expected here"):
             auto.apply_chat_template(messages)
+
+
+def call_as(arguments: Any, **others: Any) -> dict[str, Any]:
+    """A message with one call whose arguments are written as given."""
+    call = {"id": "c0", "type": "function", "function": {"name": "calculator", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call], **others}
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+ANSWERED = [tool("49"), assistant("49.")]
+FORMS = {  # what people write, and the plain form of it
+    "arguments as JSON": ([user("?"), call_as('{"expression": "7*7"}'), *ANSWERED], "7*7"),
+    "slashes escaped": ([user("?"), call_as(' {"expression":"14\\/2"}\n'), *ANSWERED], "14/2"),
+    "null arguments": ([user("?"), call_as({"expression": "7*7", "city": None}), *ANSWERED], "7*7"),
+}
+
+
+@pytest.mark.parametrize(("messages", "expression"), FORMS.values(), ids=FORMS.keys())
+def test_arguments_of_a_call_are_read_as_object_or_json(
+    tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, messages: list[dict[str, Any]], expression: str
+) -> None:
+    plain = render([user("?"), tool_call("", expression), *ANSWERED], tokenizer)
+    assert render(messages, tokenizer) == plain
+    assert template(auto, messages) == (plain.ids, plain.mask)
+
+
+@pytest.mark.parametrize(
+    ("messages", "plain"),
+    [
+        ([system(""), user("a"), assistant("b")], [user("a"), assistant("b")]),
+        ([system("A"), system(""), system("B"), user("a"), assistant("b")], [system("A\n\nB"), user("a"), assistant("b")]),
+        ([{"role": "developer", "content": "A"}, user("a"), assistant("b")], [system("A"), user("a"), assistant("b")]),
+        ([{"role": "user", "content": parts("a", "", "b")}, {"role": "assistant", "content": parts("c")}], [user("ab"), assistant("c")]),
+        ([user("a") | {"tool_calls": None, "name": None, "weight": None}, assistant("b") | {"tool_calls": []}], [user("a"), assistant("b")]),
+    ],
+    ids=["empty system", "several systems", "developer", "parts", "nulls"],
+)  # fmt: skip
+def test_forms_that_people_write_render_as_the_plain_one(
+    tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, messages: list[dict[str, Any]], plain: list[dict[str, Any]]
+) -> None:
+    assert check_messages(messages) == check_messages(json.dumps(messages)) == plain
+    rendered = render(plain, tokenizer)
+    assert render({"messages": messages}, tokenizer) == rendered
+    assert template(auto, messages) == (rendered.ids, rendered.mask)
+
+
+@pytest.mark.parametrize("flag", ["weight", "train", "training", "label"])
+@pytest.mark.parametrize("no", [0, False, 0.0])
+def test_a_message_flagged_not_to_be_trained_is_read_only(
+    tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, flag: str, no: float
+) -> None:
+    messages = [user("a"), assistant("b"), *SUM, user("c"), assistant("d") | {flag: 1}]
+    messages[1] |= {flag: no}
+    messages[3] |= {flag: no}
+    rendered = render(messages, tokenizer)
+    assert said(messages, tokenizer) == (
+        ", then <|python_start|>49+1<|python_end|> 50.<|assistant_end|>d<|assistant_end|>"
+    )
+    assert rendered.ids == render([{k: v for k, v in m.items() if k != flag} for m in messages], tokenizer).ids
+    assert template(auto, messages) == (rendered.ids, rendered.mask)
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (assistant("b") | {"weight": 0.5}, "message 1: weight 0.5: expected 0 or false"),
+        (assistant("b") | {"train": "no"}, "message 1: train 'no'"),
+        (call_as('{"expression": "7*7"'), "message 1: arguments: not JSON"),
+        (call_as('{"expr": "7*7"}'), "message 1: tool_calls"),
+        (call_as({"expression": 7}), "message 1: tool_calls"),
+        (call_as({"expression": "7*7", "city": "x"}), "message 1: tool_calls"),
+        (call_as({"expression": "7*7"}) | {"tool_calls": tool_call("", "1")["tool_calls"] * 2}, "message 1: tool_calls"),
+        (call_as({"expression": "7"}) | {"tool_calls": "[]"}, "message 1: tool_calls"),
+        ({"role": "assistant", "content": [{"type": "image", "text": "x"}]}, "message 1: content is list"),
+        ({"role": "assistant", "content": [{"type": "text", "text": None}]}, "message 1: content is list"),
+        ({"role": "assistant", "content": {"text": "x"}}, "message 1: content is dict"),
+        (assistant(""), "message 1: empty content"),
+        ({"role": "assistant", "content": []}, "message 1: empty content"),
+        ({"role": "assistant"}, "message 1: content is NoneType"),
+        (user("b") | {"train": True}, "message 0: a flag to train role 'user'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_rendered_as_meant_is_refused_by_hand_and_by_the_template(
+    tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, message: dict[str, Any], complaint: str
+) -> None:
+    messages = [message] if message["role"] == "user" else [user("a"), message]
+    with pytest.raises(ValueError, match=complaint):
+        render(messages, tokenizer)
+    with pytest.raises(Exception, match=r"message \d"):
+        auto.apply_chat_template(messages)
+
+
+TEXTS = st.text(alphabet="ab \n{}é", min_size=1, max_size=3)
+PARTS = st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=2)}), min_size=1, max_size=2)
+RIGHT = {"expression": "7*7"}
+ARGUMENTS = st.sampled_from(
+    [RIGHT, json.dumps(RIGHT), RIGHT | {"x": None}, json.dumps({"expression": "6 / 2 + é"}, ensure_ascii=False)]
+)
+ODD = {
+    "role": st.sampled_from(["system", "user", "assistant", "tool", "developer", "bot", None]),
+    "content": st.sampled_from(["", None, [], {}, 7, [{"type": "image", "text": "x"}], [{"type": "text", "text": None}]]),
+    "tool_calls": st.sampled_from([[], "x", {}, [{"function": None}], [{"function": {"name": "calculator"}}] * 2])
+    | st.sampled_from(["{}", "[", {"x": "7"}, {"expression": 7}, RIGHT | {"x": "y"}, None, '{"expression": "7"'])
+    .map(lambda arguments: [{"function": {"name": "calculator", "arguments": arguments}}]),
+    "weight": st.sampled_from([0, 1, True, False, 0.5, "0", None]),
+    "label": st.sampled_from([0, 1, True, False, 2, "good", None]),
+}  # fmt: skip
+
+
+@st.composite
+def orderly(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A conversation in the forms that people write, now and then with something odd in it."""
+
+    def message(role: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"role": role, "content": draw(TEXTS | PARTS)}
+        if role == "assistant":
+            found |= {"weight": draw(st.sampled_from([0, 1, None])), "tool_calls": None}
+        return found
+
+    messages = [message(draw(st.sampled_from(["system", "developer"]))) for _ in range(draw(st.integers(0, 2)))]
+    for _ in range(draw(st.integers(1, 3))):
+        messages += [message("user"), message("assistant")]
+        while draw(st.booleans()):
+            call = {"function": {"name": "calculator", "arguments": draw(ARGUMENTS)}}
+            messages[-1] |= {"tool_calls": [call], "content": draw(TEXTS | st.just("") | st.none())}
+            messages += [message("tool"), message("assistant")]
+    if draw(st.booleans()):
+        name = draw(st.sampled_from(sorted(ODD)))
+        draw(st.sampled_from(messages))[name] = draw(ODD[name])
+    return messages[: draw(st.integers(1, len(messages)))]
+
+
+@given(messages=orderly())
+@settings(max_examples=300, deadline=None)
+def test_template_equals_render_or_both_refuse(
+    tokenizer: Tokenizer, auto: PreTrainedTokenizerBase, messages: list[dict[str, Any]]
+) -> None:
+    """On anything that people may write: the same tokens and mask, or an error from both."""
+    try:
+        rendered = render(messages, tokenizer)
+    except ValueError:
+        with pytest.raises(Exception, match=r"message|has no"):
+            auto.apply_chat_template(messages)
+    else:
+        assert template(auto, messages) == (rendered.ids, rendered.mask)
 
 
 def test_trl_finds_the_template_fit_for_training(auto: PreTrainedTokenizerBase) -> None:

@@ -32,7 +32,7 @@ class Fake:
 
     def respond(self, request: ChatRequest) -> Reply:
         self.requests.append(request)
-        text = str(request.messages[-1].plain()["content"])
+        text = str(request.messages[-1].content)
         if text == "impossible":
             raise ValueError("the prompt is too long")
         reply = Reply(iter(()), prompt_tokens=7)
@@ -125,7 +125,7 @@ def test_messages_in_parts_and_calls_are_made_plain(url: str, fake: Fake) -> Non
         {"role": "tool", "content": "49", "tool_call_id": "1"},
     ]
     assert post(url, {"model": "fake", "messages": messages})[0] == 200
-    plain = [message.plain() for message in fake.requests[-1].messages]
+    plain = fake.requests[-1].conversation()
     assert [message["role"] for message in plain] == ["system", "user", "assistant", "tool"]
     assert plain[1]["content"] == "ab"
     assert plain[2]["tool_calls"][0]["function"]["arguments"] == {"expression": "7*7"}

@@ -1,13 +1,14 @@
-"""Conversations and tokens: what the model reads of a chat, what it is trained to say, and the way back to text.
+"""Chat format: conversations to tokens with a loss mask, and completions back to messages.
 
     <|bos|><|user_start|>system\\n\\nquestion<|user_end|><|assistant_start|>answer<|assistant_end|><|user_start|>...
 
 A use of the calculator is three messages, assistant(content, tool_calls), tool(content), assistant(content), and one
 assistant turn: `...text<|python_start|>7*7<|python_end|><|output_start|>49<|output_end|>more text<|assistant_end|>`.
-chat_template.jinja beside this file says the same to transformers; a test holds the two equal, ids and mask.
+chat_template.jinja in edu/data says the same to transformers; a test holds the two equal, ids and mask.
 """
 
 import codecs
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,15 @@ from edu.chat.calculator import calculate
 from edu.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Conversation = Mapping[str, Any] | Sequence[Message]
-"""{"messages": [...]} as a line of a jsonl file holds it, or the messages themselves."""
+Conversation = Mapping[str, Any] | Sequence[Message] | str
+"""{"messages": [...]} as a line of a jsonl file holds it, the messages themselves, or their JSON."""
+
+TRAIN_FLAGS = ("weight", "train", "training", "label")
+"""Fields of a message or row by which data sets say if it is trained: 0 or false leaves it out of the loss."""
+
+
+class ConversationError(ValueError):
+    """Messages that form no conversation; the text names the message."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,10 @@ class Rendered:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    """The tokens of a conversation, and which of them to learn. ValueError if its messages are not in order."""
-    messages = check_messages(conversation)
+    """Return the tokens of a conversation and the mask of those to learn; ConversationError on messages out of order.
+
+    The end token has mask 1: a model that never learned to say it would not stop talking.
+    """
     ids, mask = [tokenizer.bos], [0]
 
     def add(tokens: Sequence[int], learn: int) -> None:
@@ -40,30 +50,32 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
         mask.extend([learn] * len(tokens))
 
     system, in_turn = "", False
-    for message in messages:
-        text = message.get("content") or ""
+    for message in check_messages(conversation):
+        text = message["content"]
         match message["role"]:
             case "system":
                 system = text + "\n\n"
-            case "user":
+            case "user":  # the system message has no marks of its own: it is the beginning of the first user turn
                 add([tokenizer.user_start, *tokenizer.encode(system + text), tokenizer.user_end], 0)
                 system = ""
-            case "tool":
+            case "tool":  # written by the calculator, so read and never learned
                 add([tokenizer.output_start, *tokenizer.encode(text), tokenizer.output_end], 0)
             case _:
+                learn = message.get("weight", 1)
                 if not in_turn:
                     add([tokenizer.assistant_start], 0)
-                add(tokenizer.encode(text), 1)
-                in_turn = bool(message.get("tool_calls"))
-                if in_turn:
-                    add([tokenizer.python_start, *tokenizer.encode(expression_of(message)), tokenizer.python_end], 1)
+                add(tokenizer.encode(text), learn)
+                in_turn = "tool_calls" in message
+                if in_turn:  # the turn goes on after the output
+                    call = tokenizer.encode(expression_of(message["tool_calls"]))
+                    add([tokenizer.python_start, *call, tokenizer.python_end], learn)
                 else:
-                    add([tokenizer.assistant_end], 1)
+                    add([tokenizer.assistant_end], learn)
     return Rendered(ids, mask)
 
 
 def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """The tokens after which the assistant speaks: the last is assistant_start, or output_end within a tool use."""
+    """Return the tokens after which the assistant speaks: the last is assistant_start, or output_end within a tool use."""
     messages = check_messages(conversation)
     ids = render(messages, tokenizer).ids
     match messages[-1]["role"]:
@@ -72,125 +84,187 @@ def render_prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]
         case "tool":
             return ids
         case role:
-            raise ValueError(f"message {len(messages) - 1}: a prompt ends with a user or a tool message, not {role}")
+            raise ConversationError(
+                f"message {len(messages) - 1}: a prompt ends with a user or a tool message, not {role}"
+            )
 
 
-def check_messages(conversation: Conversation) -> list[Message]:
-    """The messages, if they form a conversation (or the beginning of one); else a ValueError that names the message.
+def check_messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return the messages in one form, if they make a conversation (or its beginning); ConversationError names the message.
 
+    The form that training, server and chat share: `role` (system first, at most once), `content` (text), `tool_calls` (one
+    call of the calculator, its arguments an object), `weight` (0, on an assistant's message that is only read). Read
+    besides: text in parts, arguments as JSON, the role "developer", several system messages (joined), an empty one
+    (left out), nulls, and any of TRAIN_FLAGS.
+
+    >>> check_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
+    [{'role': 'user', 'content': 'Hi'}]
     >>> check_messages([{"role": "user", "content": "Hi"}, {"role": "user", "content": "Hello?"}])
     Traceback (most recent call last):
-    ValueError: message 1: role 'user', expected assistant
+    edu.chat.chat_format.ConversationError: message 1: role 'user', expected assistant
     """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else conversation
+    if isinstance(messages, str):
+        messages = _parsed(messages, "messages")
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError('an empty conversation: expected {"messages": [{"role": "user", "content": "..."}, ...]}')
+        form = '{"messages": [{"role": "user", "content": "..."}, ...]}'
+        raise ConversationError(f"an empty conversation: expected {form}")
+    checked: list[dict[str, Any]] = []
     expected: tuple[str, ...] = ("system", "user")
     for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if not isinstance(role, str) or role not in expected:
-            raise ValueError(f"message {i}: role {role!r}, expected {' or '.join(expected)}")
         try:
-            _check_content(message, may_be_empty=role == "tool" or (i > 0 and messages[i - 1]["role"] == "tool"))
+            plain = _plain_message(
+                message, expected, after_tool=expected == ("assistant",) and checked[-1]["role"] == "tool"
+            )
         except ValueError as error:
-            raise ValueError(f"message {i}: {error}") from None
-        after = {"system": "user", "user": "assistant", "tool": "assistant", "assistant": "user"}
-        expected = ("tool",) if message.get("tool_calls") else (after[role],)
-    return list(messages)
+            raise ConversationError(f"message {i}: {error}") from None
+        if plain["role"] != "system":
+            checked.append(plain)
+            after = {"user": "assistant", "tool": "assistant", "assistant": "user"}
+            expected = ("tool",) if "tool_calls" in plain else (after[plain["role"]],)
+        elif plain["content"]:
+            before = [checked.pop()["content"]] if checked else []
+            checked.append({"role": "system", "content": "\n\n".join([*before, plain["content"]])})
+    if not checked:
+        raise ConversationError("an empty conversation: nothing but an empty system message")
+    return checked
 
 
-def _check_content(message: Message, may_be_empty: bool) -> None:
-    """ValueError unless the content is text and a tool call, if any, is one of the calculator by the assistant."""
-    content, calls = message.get("content"), message.get("tool_calls")
-    if not isinstance(content, str) and not (content is None and calls):
-        raise ValueError(f"content is {type(content).__name__}, expected a string")
-    if not (content or calls or may_be_empty):
-        raise ValueError(f"empty content of role {message['role']!r}")
+def _plain_message(message: Any, expected: tuple[str, ...], after_tool: bool) -> dict[str, Any]:
+    """Return a message in the one form; ValueError on another role than expected and on what cannot take effect."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    role = "system" if role == "developer" else role
+    if not isinstance(role, str) or role not in expected:
+        raise ValueError(f"role {role!r}, expected {' or '.join(expected)}")
+    content, calls = message.get("content"), message.get("tool_calls") or None
+    match content:
+        case str(text):
+            pass
+        case None if calls:
+            text = ""
+        case list() if all(isinstance(part, Mapping) and part.get("type") == "text" for part in content) and all(
+            isinstance(part.get("text"), str) for part in content
+        ):
+            text = "".join(part["text"] for part in content)
+        case _:
+            kind = type(content).__name__
+            raise ValueError(f"content is {kind}, expected a string or a list of parts of type text: {content!r:.100}")
+    plain: dict[str, Any] = {"role": role, "content": text}
     if calls:
-        if message["role"] != "assistant":
-            raise ValueError(f"tool_calls of role {message['role']!r}, expected assistant")
-        expression_of(message)
+        if role != "assistant":
+            raise ValueError(f"tool_calls of role {role!r}, expected assistant")
+        plain |= tool_call(text, expression_of(calls))
+    # An empty turn would teach to say nothing; after a tool's output the assistant may have nothing to add.
+    if not (text or calls or after_tool or role in ("system", "tool")):
+        raise ValueError(f"empty content of role {role!r}")
+    flags = {name: trains(message, name) for name in TRAIN_FLAGS}
+    if role != "assistant" and True in flags.values():
+        raise ValueError(f"a flag to train role {role!r} ({flags}): only what the assistant says is trained")
+    if role == "assistant" and False in flags.values():
+        plain["weight"] = 0
+    return plain
 
 
-def expression_of(message: Message) -> str:
-    """The expression of a message's tool call. ValueError if it is not one call of the calculator.
+def trains(fields: Mapping[str, Any], name: str) -> bool | None:
+    """Return what a flag of TRAIN_FLAGS says, None where it is not given; ValueError unless it is 0, 1, true or false."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise ValueError(f"{name} {value!r:.100}: expected 0 or false (do not train this), or 1 or true")
+    return bool(value)
 
-    >>> expression_of(tool_call("", "7*7"))
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError) as error:
+        raise ConversationError(f"{name}: not JSON ({error})") from None
+
+
+def expression_of(calls: Any) -> str:
+    """Return the expression of a message's `tool_calls`; ValueError if they are not one call of the calculator.
+
+    >>> expression_of([{"function": {"name": "calculator", "arguments": '{"expression": "7*7"}'}}])
     '7*7'
     """
-    match message["tool_calls"]:
-        case [{"function": {"name": "calculator", "arguments": {"expression": str(expression)}}}]:
-            return expression
-        case calls:
-            form = '[{"type": "function", "function": {"name": "calculator", "arguments": {"expression": "7*7"}}}]'
-            raise ValueError(f"tool_calls {calls!r:.200}, expected one call of the form {form}")
+    match calls:
+        case [{"function": {"name": "calculator", "arguments": arguments}}]:
+            given = _parsed(arguments, "arguments") if isinstance(arguments, str) else arguments
+            given = {k: v for k, v in given.items() if v is not None} if isinstance(given, Mapping) else {}
+            if given.keys() == {"expression"} and isinstance(given["expression"], str):
+                return given["expression"]
+    form = '[{"type": "function", "function": {"name": "calculator", "arguments": {"expression": "7*7"}}}]'
+    raise ValueError(f"tool_calls {calls!r:.200}, expected one call of the form {form}")
 
 
 def tool_call(content: str, expression: str) -> dict[str, Any]:
-    """An assistant's message that says `content` and asks the calculator for `expression`."""
+    """Return an assistant's message that says `content` and asks the calculator for `expression`."""
     function = {"name": "calculator", "arguments": {"expression": expression}}
     return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
 
 
-def parse_completion(ids: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """What the model said after assistant_start, as messages: the inverse of `render` on one assistant turn.
+def read_blocks(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """Yield what a completion says as it comes, up to assistant_end: (kind, whole characters).
 
-    Reads up to assistant_end or the end of ids; a call that never closes, and an output without a call, are left out.
+    The kinds are "text", "call", "output", and "mark" for the special tokens around the latter two, written as GSM8K
+    does: `<<7*7=49>>`. A block that never closes ends at the next special token, without its closing mark.
     """
-    messages: list[dict[str, Any]] = []
-    block: list[int] = []
-    content, inside = "", "text"
+    opening = {tokenizer.python_start: ("call", "<<"), tokenizer.output_start: ("output", "")}
+    closing = {tokenizer.python_end: ("call", "="), tokenizer.output_end: ("output", ">>")}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back the first bytes of a character
+    kind = "text"
     for token in ids:
         if token == tokenizer.assistant_end:
             break
-        if token == tokenizer.python_start and inside == "text":
-            content, inside, block = tokenizer.decode(block), "call", []
-        elif token == tokenizer.python_end and inside == "call":
-            messages.append(tool_call(content, tokenizer.decode(block)))
-            content, inside, block = "", "text", []
-        elif token == tokenizer.output_start and inside == "text":
-            content, inside, block = content + tokenizer.decode(block), "output", []
-        elif token == tokenizer.output_end and inside == "output":
-            if messages and messages[-1]["role"] == "assistant" and not content:
-                messages.append({"role": "tool", "content": tokenizer.decode(block)})
-            inside, block = "text", []
-        elif token < tokenizer.bos:
-            block.append(token)
-    text = content + (tokenizer.decode(block) if inside == "text" else "")
-    if text or not messages or messages[-1]["role"] == "tool":
-        messages.append({"role": "assistant", "content": text})
-    return messages
+        special = token >= tokenizer.bos
+        yield kind, decoder.decode(b"" if special else tokenizer.decode_bytes([token]), final=special)
+        if special:
+            closed, mark = closing.get(token, ("", ""))
+            if closed == kind:
+                yield "mark", mark
+            kind, mark = opening.get(token, ("text", ""))
+            if mark:
+                yield "mark", mark
+    yield kind, decoder.decode(b"", final=True)
 
 
 def stream_text(ids: Iterable[int], tokenizer: Tokenizer, show_tools: bool = False) -> Iterator[str]:
-    """The text of a completion as it comes: whole characters only, no special tokens, up to assistant_end.
-
-    Tool calls and their outputs are left out, or shown as GSM8K writes them: `<<7*7=49>>`.
-    """
-    marks = {tokenizer.python_start: "<<", tokenizer.python_end: "=", tokenizer.output_end: ">>"} if show_tools else {}
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    hidden = False
-    for token in ids:
-        if token == tokenizer.assistant_end:
-            break
-        if token >= tokenizer.bos:
-            text = decoder.decode(b"", final=True) + marks.get(token, "")
-            hidden = not show_tools and token in (tokenizer.python_start, tokenizer.output_start)
-        else:
-            text = "" if hidden else decoder.decode(tokenizer.decode_bytes([token]))
-        if text:
+    """Yield the text of a completion as it comes; calls and their outputs are left out, or shown as `<<7*7=49>>`."""
+    for kind, text in read_blocks(ids, tokenizer):
+        if text and (show_tools or kind == "text"):
             yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
 
 
-def cut_to_context(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
+def parse_completion(ids: Iterable[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Return a completion as messages: the inverse of `render` on one assistant turn.
+
+    A call that never closes, and an output without a call, are left out.
+    """
+    messages: list[dict[str, Any]] = []
+    said = {"text": "", "call": "", "output": ""}
+    last = "text"
+    for kind, text in read_blocks(ids, tokenizer):
+        if kind != "mark":
+            said[kind] = said[kind] + text if kind in ("text", last) else text
+        elif text == "=":
+            messages.append(tool_call(said["text"], said["call"]))
+            said["text"] = ""
+        elif text == ">>" and messages and messages[-1]["role"] == "assistant" and not said["text"]:
+            messages.append({"role": "tool", "content": said["output"]})
+        last = kind
+    if said["text"] or not messages or messages[-1]["role"] == "tool":
+        messages.append({"role": "assistant", "content": said["text"]})
+    return messages
+
+
+def cut_to_context(history: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[dict[str, Any]]:
     """Return the messages without their oldest turns, so that the prompt has at most max_tokens tokens.
 
     The whole list is checked; a system message and the last user turn stay. ValueError if these alone are too long.
     Turns are counted once, from the newest, until they are too many, so a long history takes no more than its check.
     """
-    messages = check_messages(messages)
+    messages = check_messages(history)
     system = messages[:1] if messages[0]["role"] == "system" else []
     turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
     # 1. Add up the turns one by one: an estimate, because the system message joins the text of the first turn.

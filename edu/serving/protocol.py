@@ -46,14 +46,6 @@ class ChatMessage(BaseModel):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
 
-    def plain(self) -> dict[str, Any]:
-        """Return the message as edu.chat.chat_format reads it: content one string, the arguments of a call an object."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or [])
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        if self.tool_calls:
-            message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        return message
-
 
 class ChatRequest(BaseModel):
     """The body of a chat request: the fields that take effect here, with the protocol's bounds.
@@ -75,6 +67,12 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: Literal[1] | None = None
     response_format: dict[str, Any] | None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages in the form that training reads; ValueError names one that is out of order."""
+        from edu.chat.chat_format import check_messages
+
+        return check_messages([message.model_dump() for message in self.messages])
 
     @property
     def stops(self) -> list[str]:

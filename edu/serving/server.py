@@ -48,7 +48,7 @@ class TeacherResponder:
         self.teacher = teacher
 
     def respond(self, request: ChatRequest) -> Reply:
-        messages = [message.plain() for message in request.messages]
+        messages = request.conversation()
         text = self.teacher.write(messages, request.drawn_seed)
         return Reply(iter([text]), sum(len(message["content"].split()) for message in messages), len(text.split()))
 
@@ -69,7 +69,7 @@ class ModelResponder:
 
         wanted = request.max_completion_tokens or request.max_tokens or self.context
         room = min(wanted, self.context // 4)
-        messages = cut_to_context([m.plain() for m in request.messages], self.tokenizer, self.context - room)
+        messages = cut_to_context(request.conversation(), self.tokenizer, self.context - room)
         prompt = render_prompt(messages, self.tokenizer)
         limit = min(wanted, self.context - len(prompt))
         end = self.tokenizer.assistant_end
