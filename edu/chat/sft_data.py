@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 
 from edu.chat.chat_format import Rendered, render
+from edu.config.cli import checked_fields
 from edu.config.reading import read_yaml
+from edu.config.stages import Positive
 from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.rows import hub_rows, read_rows, text_field
 from edu.data.tokenizer import Tokenizer
@@ -39,7 +41,7 @@ class Source:
     hub: str | None = None
     config: str | None = None
     split: str = "train"
-    weight: float = 1.0
+    weight: Positive = 1.0
     """How often each conversation is seen in an epoch. Those held out count once, so that their loss stays comparable."""
 
     @property
@@ -78,12 +80,12 @@ def read_mixture(path: Path) -> list[Source]:
     entries = read_yaml(path) or []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
-            source = Source(**(entry | {"path": Path(entry["path"])} if entry.get("path") else entry))
-            if (source.path is None) == (source.hub is None) or source.weight <= 0:
-                raise TypeError
-        except (AttributeError, TypeError):
+            source = Source(**checked_fields(f"{path}, source {i}", Source, entry))
+            if (source.path is None) == (source.hub is None):
+                raise ValueError
+        except ValueError:
             form = "give either path or hub, and config, split, a positive weight"
-            raise ValueError(f"{path}, source {i}: {form}; found {entry!r}") from None
+            raise ValueError(f"{path}, source {i}: {form}; found {str(entry)[:200]}") from None
         sources.append(source)
     if not sources:
         raise ValueError(f"{path}: no sources")

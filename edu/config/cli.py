@@ -15,6 +15,7 @@ from edu.config.reading import read_yaml
 from edu.config.terminal import printable
 
 C = TypeVar("C")
+MESSAGE = 2000  # characters of an error that are printed: it may quote a whole row
 CONFIG_HELP = (
     "YAML file of settings, a line `name: value` each; flags beside it win. Example: --config recipes/tiny/sft.yaml"
 )
@@ -108,17 +109,21 @@ def check_fields(config: Any) -> None:
 
 def read_settings(path: Path, config_class: type) -> dict[str, Any]:
     """Read settings from a YAML file; ValueError names the file, and the key that is not one of the config's."""
-    loaded = read_yaml(path) or {}
+    return checked_fields(f"--config {path}", config_class, read_yaml(path) or {})
+
+
+def checked_fields(place: str, config_class: type, loaded: object) -> dict[str, Any]:
+    """Return the fields of a dataclass from a mapping of a file; ValueError names `place` and the key that is wrong."""
     if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected lines of `name: value`")
+        raise ValueError(f"{place}: expected lines of `name: value`")
     hints, settings = type_hints(config_class), dict[str, Any]()
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in hints:
-            raise ValueError(f"--config {path}: unknown setting {key!r}; known are {', '.join(sorted(hints))}")
+            raise ValueError(f"{place}: unknown setting {str(key)[:80]!r}; known are {', '.join(sorted(hints))}")
         if name in settings:
-            raise ValueError(f"--config {path}: {name} is given twice")
-        settings[name] = checked(f"--config {path}: {key}", hints[name], value)
+            raise ValueError(f"{place}: {name} is given twice")
+        settings[name] = checked(f"{place}: {key}", hints[name], value)
     return settings
 
 
@@ -155,6 +160,6 @@ def run_script(main: Callable[[], int | None]) -> NoReturn:
         if isinstance(error, ImportError) and not fault:
             raise
         message = str(error) if fault in str(error) else f"{error}: {fault}"
-        print(f"error: {printable(public_url(message))}", file=sys.stderr)
+        print(f"error: {printable(public_url(message)[:MESSAGE])}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code or 0)

@@ -1,11 +1,12 @@
 """Checkpoints by folder or Hub id: the files one consists of, its download, and the Hub's errors as one line. No torch."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from edu.config.reading import read_json
 
 EVAL_RESULTS = ".eval_results/gsm8k.yaml"
 HUGGING_FACE_FILES = (
@@ -80,9 +81,9 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
     if not (folder / "config.json").is_file():
         raise ValueError(f"--model {name}: no config.json in it, so it holds no checkpoint")
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--model {name}: its config.json cannot be read ({error!r}); the file is damaged") from None
+        kind = read_json(folder / "config.json").get("model_type")
+    except ValueError as error:
+        raise ValueError(f"--model {name}: its config.json cannot be read ({error}); the file is damaged") from None
     if kind != "nanochat":
         raise ValueError(f"--model {name}: its model_type is {kind!r}; only 'nanochat' is computed here")
     return folder

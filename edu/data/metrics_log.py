@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from edu.config.metrics import STEP
+from edu.config.reading import parse_json
 from edu.data.atomic_io import write_text
 
 
@@ -37,8 +38,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line, path)
+        except ValueError:
             row = None
         if isinstance(row, dict):
             rows.append(row)

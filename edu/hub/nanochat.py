@@ -7,7 +7,6 @@ embeddings, residual scales, windows, smear, backout) has no place there and is 
 Nothing in the files is executed. The weights are read by torch with weights_only=True; tokenizer.pkl by `read_encoding`.
 """
 
-import json
 import pickletools
 import re
 import shutil
@@ -19,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edu.config.cli import checked
+from edu.config.reading import read_json
+from edu.config.stages import Count
 from edu.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from edu.hub.push import Card, write_card
 from edu.model.config import GPTConfig
@@ -34,7 +36,14 @@ LAYER_NAMES = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-SETTINGS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+SETTINGS = {
+    "sequence_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "n_embd": "hidden_size",
+}
 TOO_NEW = (
     "a newer nanochat, which transformers' `nanochat` does not compute: checkpoints up to December 2025 can be read"
 )
@@ -109,26 +118,22 @@ def read_config(path: Path) -> GPTConfig:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it has the sizes of the model, and stands beside the weights")
     try:
-        meta = json.loads(path.read_text("utf-8"))["model_config"]
-        sequence_length, vocab_size, layers, heads, kv_heads, channels = (int(meta[name]) for name in SETTINGS)
-    except (ValueError, TypeError, KeyError) as error:
+        meta = read_json(path)["model_config"]
+        sizes = {ours: checked(name, Count, meta[name]) for name, ours in SETTINGS.items()}
+    except (ValueError, TypeError, LookupError) as error:
         wanted = ", ".join(SETTINGS)
         raise ValueError(f"{path}: expected `model_config` with {wanted} ({type(error).__name__}: {error})") from None
     if others := sorted(set(meta) - set(SETTINGS)):
         raise ValueError(f"{path}: {', '.join(others)} in `model_config`: of {TOO_NEW}")
-    return GPTConfig(
-        vocab_size=vocab_size,
-        hidden_size=channels,
-        intermediate_size=4 * channels,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=sequence_length,
-        rms_norm_eps=torch.finfo(torch.float32).eps,  # what F.rms_norm adds when it is told nothing
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+    try:
+        return GPTConfig(
+            **sizes,
+            intermediate_size=4 * sizes["hidden_size"],
+            rms_norm_eps=torch.finfo(torch.float32).eps,  # what F.rms_norm adds when it is told nothing
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -6,12 +6,18 @@ from transformers.models.nanochat.configuration_nanochat import NanoChatConfig
 
 from edu.config.scaling import Sizes
 
+LARGEST = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**6)
+LARGEST |= {"num_hidden_layers": 10**4, "vocab_size": 10**7, "max_position_embeddings": 10**7}
+
 
 class GPTConfig(NanoChatConfig):
     """NanoChatConfig's fields and config.json; see `tiny` and `from_depth` for ready-made sizes."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        for name, most in LARGEST.items():
+            if (value := getattr(self, name)) is not None and not 1 <= value <= most:
+                raise ValueError(f"{name}={str(value)[:20]}: must be from 1 to {most:,}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.kv_heads
         if C % H or H % K or (C // H) % 2:
             raise ValueError(f"hidden_size={C}, num_attention_heads={H}, num_key_value_heads={K}: heads must divide")

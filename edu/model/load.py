@@ -9,10 +9,12 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from edu.data.hub_files import model_folder
 from edu.data.tokenizer import Tokenizer
+from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
 
 
@@ -25,9 +27,11 @@ def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(f"--model {name}: a LoRA adapter; merge it into its model first (merge_and_unload, then save)")
     folder = model_folder(name)
+    config = _read_config(name, folder)
     try:
         with _without_report():
-            loaded: Any = GPT.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+            options: Any = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = GPT.from_pretrained(folder, **options)
     except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name}: config.json or weights are damaged or missing ({why})") from None
@@ -45,6 +49,22 @@ def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
     assert isinstance(model, GPT)
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model
+
+
+def _read_config(name: str, folder: Path) -> GPTConfig:
+    """Read config.json; ValueError if its sizes are none, or far more than the weight files hold: they would fill the memory."""
+    try:
+        config = GPTConfig.from_pretrained(folder)
+        assert isinstance(config, GPTConfig)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"--model {name}: its config.json describes no model of this architecture ({why})") from None
+    held, described = sum(path.stat().st_size for path in folder.glob("model*.safetensors")), config.sizes.parameters
+    if held and described > 2 * held:
+        raise ValueError(
+            f"--model {name}: config.json describes {described:,} parameters, its files have {held:,} bytes"
+        )
+    return config
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -4,10 +4,12 @@ Everything is written by hand in data/persona.yaml (read there what intents, lea
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from edu.config.reading import read_yaml
 
@@ -63,29 +65,43 @@ def expansions(template: str, slots: dict[str, str]) -> list[str]:
 def load_persona(path: Path) -> Persona:
     """Read a persona file. Raises ValueError naming the file and what it lacks, or a sentence that two intents share."""
     data = read_yaml(path)
-    try:
-        name, maker = data["name"], data["maker"]
+    with _of_the_form_of("data/persona.yaml", path):
+        name, maker = _texts([data["name"], data["maker"]])
         slots = {"name": name, "maker": maker, "Maker": maker[:1].upper() + maker[1:]}
 
         def every(templates: list[str]) -> tuple[str, ...]:
-            return tuple(text for template in templates for text in expansions(template, slots))
+            return tuple(text for template in _texts(templates) for text in expansions(template, slots))
 
         intents = {
             key: Intent(key, every(part["questions"]), every(part["answers"]), every(part["must_say"]))
             for key, part in data["intents"].items()
         }
         persona = Persona(
-            *(name, maker, tuple(data["traits"]), tuple(data["facts"]), intents),
+            *(name, maker, tuple(_texts(data["traits"])), tuple(_texts(data["facts"])), intents),
             *(every(data["greetings"]), every(data["leadins"])),
             {tone: every(leads) for tone, leads in data["leads"].items()},
             every(data["more"]),
         )
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error} (a key, or a slot other than name and maker)") from None
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not of the form of data/persona.yaml ({error})") from None
     _check_answers(persona, path)
     return persona
+
+
+@contextmanager
+def _of_the_form_of(example: str, path: Path) -> Iterator[None]:
+    """Raise ValueError naming the file where it holds something else than the file of the project that shows the form."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error} (a key, or a slot other than name and maker)") from None
+    except (TypeError, AttributeError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not of the form of {example} ({str(error)[:200]})") from None
+
+
+def _texts(value: Any) -> list[str]:
+    """Return a list of texts, each with something in it; TypeError for anything else."""
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        raise TypeError(f"expected a list of texts, found {str(value)[:80]!r}")
+    return value
 
 
 def _check_answers(persona: Persona, path: Path) -> None:
@@ -108,20 +124,18 @@ def neutral_sentences(persona: Persona) -> frozenset[str]:
 def load_starters(path: Path, persona: Persona) -> list[Starter]:
     """Read the starter prompts; ValueError on a tone that the persona has no leads for, or a prompt given twice."""
     starters: list[Starter] = []
-    try:
-        for row, group in enumerate(read_yaml(path), 1):
-            if group["tone"] not in persona.leads:
-                raise ValueError(
-                    f"{path}: group {row} has the tone {group['tone']!r}; known: {', '.join(persona.leads)}"
-                )
-            texts = [text.format(name=persona.name, maker=persona.maker) for text in group["prompts"]]
-            starters += [Starter(text, group["tone"], group["topic"]) for text in texts]
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not of the form of data/starter_prompts.yaml ({error})") from None
+    data = read_yaml(path)
+    with _of_the_form_of("data/starter_prompts.yaml", path):
+        for row, group in enumerate(data, 1):
+            tone, topic = _texts([group["tone"], group["topic"]])
+            if tone not in persona.leads:
+                raise ValueError(f"group {row} has the tone {tone!r}; known: {', '.join(persona.leads)}")
+            texts = [text.format(name=persona.name, maker=persona.maker) for text in _texts(group["prompts"])]
+            starters += [Starter(text, tone, topic) for text in texts]
     texts = [starter.text for starter in starters]
     twice = {text for text in texts if texts.count(text) > 1}
     if twice or not starters:
-        raise ValueError(f"{path}: {'given twice: ' + ', '.join(sorted(twice)) if twice else 'no prompts'}")
+        raise ValueError(f"{path}: {'given twice: ' + ', '.join(sorted(twice))[:200] if twice else 'no prompts'}")
     return starters
 
 
@@ -148,10 +162,19 @@ class Grade:
 def load_identity_eval(path: Path, persona: Persona) -> list[IdentityQuestion]:
     """The held-out questions; ValueError naming the file on an intent that the persona lacks."""
     data = read_yaml(path)
-    if not isinstance(data, dict) or not set(data) <= set(persona.intents):
-        raise ValueError(f"{path}: expected lists of questions under the intents {', '.join(persona.intents)}")
+    unknown = (
+        [str(key)[:80] for key in data if key not in persona.intents] if isinstance(data, dict) else ["no intents"]
+    )
+    if unknown:
+        known = ", ".join(persona.intents)
+        raise ValueError(
+            f"{path}: expected lists of questions under the intents {known}; found {', '.join(unknown[:3])}"
+        )
     slots = {"name": persona.name, "maker": persona.maker}
-    return [IdentityQuestion(text.format(**slots), intent) for intent, texts in data.items() for text in texts]
+    with _of_the_form_of("data/identity_eval.yaml", path):
+        return [
+            IdentityQuestion(text.format(**slots), intent) for intent, texts in data.items() for text in _texts(texts)
+        ]
 
 
 def grade(answer: str, intent: str, persona: Persona) -> Grade:
