@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from warnings import catch_warnings, filterwarnings
 
 from edu.config.terminal import printable
 
@@ -39,15 +40,19 @@ def plot(name: str, caption: str, curves: Mapping[str, Curve], levels: Mapping[s
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(
-        {
-            "svg.fonttype": "none",
-            "svg.hashsalt": name,
-            "text.parse_math": False,
-            "font.size": 9,
-            "axes.unicode_minus": False,
-        }
+    with (
+        catch_warnings(),
+        rc_context(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": name,
+                "text.parse_math": False,
+                "font.size": 9,
+                "axes.unicode_minus": False,
+            }
+        ),
     ):
+        filterwarnings("ignore", "Glyph .* missing")  # of a name in another script: the reader's font has it
         figure = Figure(figsize=(4.6, 2.6), layout="constrained")
         axes = figure.add_subplot()
         for (label, (steps, values)), style in zip(curves.items(), ("-", "--", ":", "-.") * len(curves), strict=False):

@@ -56,7 +56,15 @@ def _read_config(name: str, folder: Path) -> GPTConfig:
     try:
         config = GPTConfig.from_pretrained(folder)
         assert isinstance(config, GPTConfig)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, OSError) as error:
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+    ) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name}: its config.json describes no model of this architecture ({why})") from None
     held, described = sum(path.stat().st_size for path in folder.glob("model*.safetensors")), config.sizes.parameters
