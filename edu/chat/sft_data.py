@@ -11,6 +11,7 @@ What cannot be used is counted by reason and said; a source with nothing usable 
 conversation is an error where the file is one's own to mend, and counted where the data set is the Hub's.
 """
 
+import math
 import re
 import zlib
 from collections import Counter
@@ -22,9 +23,7 @@ from typing import Any
 import numpy as np
 
 from edu.chat.chat_format import Rendered, render
-from edu.config.cli import checked_fields
 from edu.config.reading import read_yaml
-from edu.config.stages import Positive
 from edu.data.packing import Batch, TrainingExample, collate, pack_rows
 from edu.data.rows import hub_rows, read_rows, text_field
 from edu.data.tokenizer import Tokenizer
@@ -41,7 +40,7 @@ class Source:
     hub: str | None = None
     config: str | None = None
     split: str = "train"
-    weight: Positive = 1.0
+    weight: float = 1.0
     """How often each conversation is seen in an epoch. Those held out count once, so that their loss stays comparable."""
 
     @property
@@ -80,10 +79,12 @@ def read_mixture(path: Path) -> list[Source]:
     entries = read_yaml(path) or []
     for i, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
-            source = Source(**checked_fields(f"{path}, source {i}", Source, entry))
-            if (source.path is None) == (source.hub is None):
-                raise ValueError
-        except ValueError:
+            source = Source(**(entry | {"path": Path(entry["path"])} if entry.get("path") else entry))
+            texts = [text for text in (source.hub, source.config) if text is not None]
+            is_text = all(isinstance(text, str) for text in (*texts, source.split))
+            if (source.path is None) == (source.hub is None) or not is_text or not 0 < source.weight < math.inf:
+                raise TypeError
+        except (AttributeError, TypeError):
             form = "give either path or hub, and config, split, a positive weight"
             raise ValueError(f"{path}, source {i}: {form}; found {str(entry)[:200]}") from None
         sources.append(source)

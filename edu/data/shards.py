@@ -22,7 +22,6 @@ from filelock import FileLock
 from huggingface_hub import hf_hub_url
 
 from edu.config.network import public_url
-from edu.config.reading import read_json
 from edu.data.atomic_io import write_text
 from edu.data.download import Again, Retry, TransferError, fetch, sha256_of
 
@@ -271,12 +270,14 @@ def read_manifest(data_dir: Path | str) -> dict[str, Entry]:
     """Return the entries by path relative to the folder ("val/shard_01822.parquet"); empty without a manifest."""
     path = Path(data_dir, "manifest.json")
     try:
-        entries = read_json(path) if path.exists() else {}
-        if all(isinstance(entry, dict) and {"size", "sha256", "source"} <= set(entry) for entry in entries.values()):
+        entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(entries, dict) and all(
+            isinstance(entry, dict) and {"size", "sha256", "source"} <= set(entry) for entry in entries.values()
+        ):
             return entries  # type: ignore[return-value]
-        raise ValueError(f"{path}: expected size, sha256 and source of each shard")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete it: the next download writes it anew") from error
+        raise ValueError("expected size, sha256 and source of each shard")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a manifest ({error}); delete it: the next download writes it anew") from error
 
 
 def refuse_mixing(data_dir: Path | str, origin: str) -> None:

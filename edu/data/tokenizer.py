@@ -21,7 +21,6 @@ from typing import Any, Self
 import numpy as np
 import tiktoken
 
-from edu.config.reading import read_json
 from edu.data.atomic_io import write_text
 
 SPECIAL_TOKENS = (
@@ -149,17 +148,17 @@ class Tokenizer:
             raise ValueError(f"{folder}: no tokenizer.json in this folder; make a tokenizer with `{command}`")
         config_path = path.with_name("tokenizer_config.json")
         try:
-            spec = read_json(path)
-            config = read_json(config_path) if config_path.is_file() else {}
+            spec = json.loads(path.read_text("utf-8"))
+            config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
             ranks, pattern, special = _read_spec(spec)
             names = tuple(sorted(special, key=special.__getitem__))
             ids = [*sorted(ranks.values()), *sorted(special.values())]
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            length = config.get("model_max_length")
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: not a tokenizer of this project's form (byte-level BPE): {reason}") from error
         if names not in (SPECIAL_TOKENS, SPECIAL_TOKENS[:-1]) or ids != list(range(len(ids))):
             raise ValueError(f"{path}: expected ids 0, 1, 2, ... with {', '.join(SPECIAL_TOKENS)} last, in this order")
-        length = config.get("model_max_length")
         return cls(ranks, pattern, length if isinstance(length, int) and length < 10**9 else None, names)
 
 
