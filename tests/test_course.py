@@ -1,5 +1,6 @@
 """The course: the reference and the plain solution keep every law; stubs, other files and known mistakes do not."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_the_plain_solution_keeps_every_law(chapter: Chapter) -> None:
     path = chapter.folder / "solution.py"
     verdicts = check(chapter, load_module(path, chapter), path)
     assert not [each for each in verdicts if each.problem]
+
+
+REFERENCES = [chapter for chapter in CHAPTERS.values() if (chapter.folder / "reference.py").is_file()]
+
+
+@pytest.mark.parametrize("chapter", REFERENCES, ids=name_of)
+def test_the_library_keeps_every_law_under_the_names_of_the_chapter(chapter: Chapter) -> None:
+    reference = importlib.import_module(f"course.{chapter.folder.name}.reference")
+    assert not [each for each in check(chapter, reference, chapter.folder / "reference.py") if each.problem]
 
 
 @pytest.mark.parametrize(("chapter", "mutant"), mutants())

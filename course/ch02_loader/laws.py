@@ -4,7 +4,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from course.grading import Mutant
 
 TITLE = "the streaming dataloader"
-PROVIDES = ("read_texts", "stream_batches")
+PROVIDES = ("stream_batches",)
 B, T = 2, 8
 
 
@@ -51,11 +51,16 @@ def _take(m: Any, paths: list[Path], number: int, **settings: Any) -> list[Any]:
     return list(islice(m.stream_batches(paths, Bytes(), B, T, **settings), number))
 
 
+def _targets(batches: list[Any]) -> list[int]:
+    """All targets in order, without the marks at which documents begin."""
+    return [token for _, targets, _ in batches for token in targets.flatten().tolist() if token != 256]
+
+
 def _stream(texts: list[str | None], length: int) -> list[int]:
-    """The stream of tokens that these texts make, from the first, again and again."""
+    """The tokens of these texts, from the first, again and again, without the marks."""
     found: list[int] = []
     while len(found) < length:
-        found += [token for text in texts if text for token in (256, *text.encode())]
+        found += [token for text in texts if text for token in text.encode()]
     return found[:length]
 
 
@@ -84,28 +89,35 @@ def law_shift(m: Any) -> None:
 
 
 def law_bos(m: Any) -> None:
-    """Every document begins with bos."""
-    texts = _texts(4)
+    """Every document begins with bos: its first token is the target there."""
+    texts = _texts(8)
     with _files(texts) as paths:
-        inputs, _, _ = _take(m, paths, 1)[0]
-        found = inputs.flatten().tolist()
-        expected = _stream(texts, B * T)
-        assert found[0] == 256, f"the stream begins with {_show(found)!r}, expected {_show(expected)!r}"
-        assert found.count(256) == expected.count(256), (
-            f"the first inputs are {_show(found)!r}, expected {_show(expected)!r}"
+        pairs = [
+            (x, y)
+            for inputs, targets, _ in _take(m, paths, 3)
+            for x, y in zip(inputs.flatten().tolist(), targets.flatten().tolist(), strict=True)
+            if y != 256
+        ]
+    starts, at = set[int](), 0
+    while at < len(pairs):
+        starts.add(at)
+        at += len(texts[(len(starts) - 1) % len(texts)] or "")
+    for i in sorted(starts):
+        seen = _show([x for x, _ in pairs[max(0, i - 3) : i + 1]])
+        assert pairs[i][0] == 256, (
+            f"the first token of document {sorted(starts).index(i)} is predicted after {seen!r}, expected bos"
         )
 
 
 def law_every_token_once(m: Any) -> None:
-    """Every token but the very first is a target once, in order: nothing is lost between rows or batches."""
+    """Every token of a text is a target once, in order: nothing is lost between rows or batches."""
     texts = _texts(20)
     with _files(texts) as paths:
-        batches = _take(m, paths, 6)
-    found = [token for _, targets, _ in batches for token in targets.flatten().tolist()]
-    expected = _stream(texts, len(found) + 1)[1:]
+        found = _targets(_take(m, paths, 6))
+    expected = _stream(texts, len(found))
     where = next((i for i in range(len(found)) if found[i] != expected[i]), None)
     assert where is None, (
-        f"target {where} (batch {where // (B * T)}) is {_show(found[where : where + 12])!r}, the stream goes on with "
+        f"target {where} begins {_show(found[where : where + 12])!r}, the texts go on with "
         f"{_show(expected[where : where + 12])!r}: is a token dropped where a row or a batch ends?"
     )
 
@@ -114,9 +126,12 @@ def law_files_in_order(m: Any) -> None:
     """All files are read, in the order given; empty texts and None are skipped."""
     first, second = [*_texts(4), None, ""], _texts(4, file=1)
     with _files(first, second) as paths:
-        found = list(m.read_texts(paths))
-        expected = [text for text in first + second if text]
-        assert found == expected, f"the texts are {found}, expected {expected}"
+        batches = _take(m, paths, 12)
+    found, marks = _targets(batches), [t for _, targets, _ in batches for t in targets.flatten().tolist()]
+    expected = _stream(first + second, len(found))
+    assert found == expected, f"the targets are {_show(found)!r}, expected {_show(expected)!r}"
+    doubled = sum(a == b == 256 for a, b in pairwise(marks))
+    assert not doubled, "two marks follow each other: an empty text became a document"
 
 
 def law_endless(m: Any) -> None:
@@ -124,24 +139,24 @@ def law_endless(m: Any) -> None:
     texts = _texts(3)
     with _files(texts) as paths:
         batches = _take(m, paths, 10)
-        assert len(batches) == 10, f"the stream ended after {len(batches)} batches"
-    found = [token for inputs, _, _ in batches for token in inputs.flatten().tolist()]
+    assert len(batches) == 10, f"the stream ended after {len(batches)} batches"
+    found = _targets(batches)
     expected = _stream(texts, len(found))
-    assert found == expected, f"the inputs are {_show(found)!r}, expected {_show(expected)!r}"
+    assert found == expected, f"the targets are {_show(found)!r}, expected {_show(expected)!r}"
 
 
 def law_ranks(m: Any) -> None:
-    """Of N processes each reads other texts, and together they read all."""
+    """Of N processes each reads other texts, and together they read all, in every epoch."""
     texts = _texts(20)
     with _files(texts[:10], texts[10:]) as paths:
         for rank in range(3):
-            tokens = [
-                t for inputs, _, _ in _take(m, paths, 60, rank=rank, world_size=3) for t in inputs.flatten().tolist()
-            ]
-            documents = _show(tokens).split("<bos>")[1:15]
-            expected = [texts[number % 20] for number in range(rank, 20 * 3, 3)][:14]
-            assert documents == expected, (
-                f"process {rank} of 3 reads {documents}, expected {expected}: every third text, counted on through the epochs"
+            found = _targets(_take(m, paths, 30, rank=rank, world_size=3))
+            own = texts[rank::3]
+            expected = _stream(own, len(found))
+            where = next((i for i in range(len(found)) if found[i] != expected[i]), None)
+            assert where is None, (
+                f"process {rank} of 3, target {where}: {_show(found[where : where + 12])!r}, expected "
+                f"{_show(expected[where : where + 12])!r}; its texts are {own}, in every epoch"
             )
 
 
@@ -178,11 +193,11 @@ def law_lazy(m: Any) -> None:
             f"{tokenizer.encoded:,} of 20,000 texts were tokenized for a batch of {B * T} tokens"
         )
         size, before = pq.ParquetFile(paths[0]).metadata.row_group(0).total_byte_size * 200, pa.total_allocated_bytes()
-        read = m.read_texts(paths)
-        next(read)
+        stream = m.stream_batches(paths, tokenizer, B, T)
+        next(stream)
         held = pa.total_allocated_bytes() - before
         assert held < size / 4, (
-            f"{held:,} bytes are held after the first text, the whole file has {size:,}: read it in parts"
+            f"{held:,} bytes are held after the first batch, the whole file has {size:,}: read it in parts"
         )
 
 
@@ -191,13 +206,13 @@ MUTANTS = [
     Mutant("a token is lost after each batch", "buffer = buffer[B * T :]", "buffer = buffer[B * T + 1 :]", "every_token_once"),
     Mutant("the rest of a document is lost", "buffer = buffer[B * T :]", "buffer = buffer[B * T : B * T + 1]", "every_token_once"),
     Mutant("no bos", "[tokenizer.bos, *tokenizer.encode(text)]", "tokenizer.encode(text)", "bos"),
-    Mutant("every process reads all", "number < read or number % world_size != rank", "number < read", "ranks"),
-    Mutant("the count begins anew in every epoch", "if not found:", "numbers, read = count(), 0\n        if not found:", "ranks"),
+    Mutant("every process reads all", "number < read or number % world_size != rank or", "number < read or", "ranks"),
     Mutant("the buffer is not saved", '{"read": read, "buffer": list(buffer)}', '{"read": read, "buffer": []}', "resume"),
     Mutant("the present text is read again", "read = number + 1", "read = number", "resume"),
     Mutant("only the first file", "for path in paths:", "for path in paths[:1]:", "files_in_order"),
     Mutant("the whole file at once", 'pq.ParquetFile(path).iter_batches(batch_size=64, columns=["text"])', '[pq.read_table(path, columns=["text"])]', "lazy"),
-    Mutant("empty texts become documents", "to_pylist() if text)", "to_pylist() if text is not None)", "files_in_order"),
+    Mutant("empty texts become documents", "!= rank or not text:", "!= rank or text is None:", "files_in_order"),
+    Mutant("after one epoch nothing comes", "        read = 0  # the next epoch\n", "        return\n", "endless"),
     Mutant("the state is handed out and changed later", "buffer = buffer[B * T :]  # the last target is the next first input\n                yield inputs, targets, {\"read\": read, \"buffer\": list(buffer)}", "del buffer[: B * T]\n                yield inputs, targets, {\"read\": read, \"buffer\": buffer}", "state_stays"),
     Mutant("32-bit numbers", "torch.tensor(buffer[: B * T])", "torch.tensor(buffer[: B * T], dtype=torch.int32)", "shape"),
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """The plain solution of chapter 2: texts, tokens, batches, and where one stands."""
 
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def read_texts(paths: list[Path]) -> Iterator[str]:
+def read_rows(paths: list[Path]) -> Iterator[str | None]:
     for path in paths:
         for part in pq.ParquetFile(path).iter_batches(batch_size=64, columns=["text"]):
-            yield from (text for text in part.column(0).to_pylist() if text)
+            yield from part.column(0).to_pylist()
 
 
 def stream_batches(
@@ -27,12 +26,11 @@ def stream_batches(
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     B, T = batch_size, sequence_length
     read, buffer = (state["read"], list(state["buffer"])) if state else (0, [])
-    numbers = count()  # of all texts, through all epochs
     while True:
         found = False
-        for text in read_texts(paths):
-            found, number = True, next(numbers)
-            if number < read or number % world_size != rank:
+        for number, text in enumerate(read_rows(paths)):
+            found = found or bool(text)
+            if number < read or number % world_size != rank or not text:
                 continue
             buffer += [tokenizer.bos, *tokenizer.encode(text)]
             read = number + 1
@@ -43,3 +41,4 @@ def stream_batches(
                 yield inputs, targets, {"read": read, "buffer": list(buffer)}
         if not found:
             raise ValueError(f"no text in {len(paths)} files")
+        read = 0  # the next epoch

@@ -20,11 +20,6 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def read_texts(paths: list[Path]) -> Iterator[str]:
-    """Yield the column `text` of parquet files, in order, a part of a file at a time; empty ones and None are skipped."""
-    raise NotImplementedError
-
-
 def stream_batches(
     paths: list[Path],
     tokenizer: Tokenizer,
@@ -36,11 +31,11 @@ def stream_batches(
 ) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
     """Yield inputs, targets, each (B, T) int64, and the state after them; without an end: after the last text the first.
 
-    1. This process takes the texts rank, rank + world_size, rank + 2 world_size, ... of read_texts, counted on and on
-       through all epochs.
+    1. Read the column `text` of the parquet files, in the order given, a part of a file at a time. In every epoch this
+       process takes the rows rank, rank + world_size, rank + 2 world_size, ...; empty texts and None are skipped.
     2. A document is bos and its tokens. All documents make one stream of tokens.
     3. Batch after batch, B x T tokens of the stream are the inputs, row by row, and the targets are the same one further.
-       The last target of a batch is the first input of the next: every token but the very first is a target once.
+       The last target of a batch is the first input of the next: every token of a text is a target once.
     4. state is plain JSON. stream_batches(..., state=state) goes on exactly where the batch that came with it ended.
     """
     raise NotImplementedError
