@@ -40,7 +40,9 @@ REFERENCES = [chapter for chapter in CHAPTERS.values() if (chapter.folder / "ref
 @pytest.mark.parametrize("chapter", REFERENCES, ids=name_of)
 def test_the_library_keeps_every_law_under_the_names_of_the_chapter(chapter: Chapter) -> None:
     reference = importlib.import_module(f"course.{chapter.folder.name}.reference")
-    assert not [each for each in check(chapter, reference, chapter.folder / "reference.py") if each.problem]
+    verdicts = dict(zip(chapter.laws, check(chapter, reference, chapter.folder / "reference.py"), strict=True))
+    excused = getattr(reference, "UNTESTABLE", {})
+    assert not {name: each for name, each in verdicts.items() if each.problem and name not in excused}
 
 
 @pytest.mark.parametrize(("chapter", "mutant"), mutants())
