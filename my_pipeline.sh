@@ -2,7 +2,8 @@
 # The whole life of a small ChatGPT: data -> tokenizer -> pretraining -> SFT -> RL -> report -> chat.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # started as `sh my_pipeline.sh`
 set -euo pipefail
-unset CDPATH # else cd may go elsewhere, and print where
+unset CDPATH PYTHONINSPECT # else cd may go elsewhere, and each script would wait for input
+export PYTHONUTF8=1        # files are UTF-8 in any locale
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 usage() {
