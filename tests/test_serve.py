@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from hypothesis import given, settings, strategies
 
 from edu.data.tokenizer import Tokenizer
 from edu.inference.params import SamplingParams
@@ -197,6 +198,8 @@ def test_neutral_options_are_no_error(url: str) -> None:
         b'{"model": "fake", "messages": ' + b"[" * 400_000,
         b'{"model": "fake", "messages": [{"role": "user", "content": "hi"}], "x": ' + b'{"a":' * 100_000,
         json.dumps({"model": "fake", "messages": USER} | {f"k{i}": 1 for i in range(50_000)}).encode(),
+        json.dumps({"model": "fake", "messages": USER, "\ud800": 1}).encode(),
+        json.dumps({"model": "\ud800", "messages": [{"role": "\ud800"}]}).encode(),
         b"\xff" * 900_000,
         b'{"model": "' + b"x" * 900_000 + b'"}',
     ],
@@ -207,6 +210,8 @@ def test_neutral_options_are_no_error(url: str) -> None:
         "nested",
         "nested unknown",
         "unknown",
+        "half a character",
+        "half characters",
         "bytes",
         "model",
     ],
@@ -393,6 +398,56 @@ def test_an_empty_reply_may_be_sent_back_and_tool_calls_as_the_protocol_writes_t
     call["tool_calls"][0]["function"] = deep
     with pytest.raises(ValueError, match="arguments"):
         ours.respond(ChatRequest.model_validate({"model": "ours", "messages": [hi, call, output]}))
+
+
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = ["model", "messages", "stream", "stream_options", "temperature", "top_p", "max_tokens", "stop", "seed", "n"]
+FIELDS += ["response_format", "tools", "tool_choice", "logit_bias", "user"]
+MESSAGE_FIELDS = ["role", "content", "tool_calls", "weight", "name", "tool_call_id"]
+
+
+def fuzz(tokenizer: Tokenizer, examples: int) -> None:
+    """Ask with right requests of which one field of the body and one of a message are anything."""
+    with run_in_thread(make_app(responder(tokenizer, [1] * 99, context=400))) as url:
+
+        @settings(max_examples=examples, deadline=None)
+        @given(
+            strategies.sampled_from(FIELDS), JSON, strategies.sampled_from(MESSAGE_FIELDS), JSON, strategies.booleans()
+        )
+        def check(field: str, value: Any, message_field: str, message_value: Any, outer: bool) -> None:
+            function = {"name": "calculator", "arguments": '{"expression": "7*7"}'}
+            messages: list[dict[str, Any]] = [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]},
+                {"role": "tool", "content": "49"},
+            ]
+            messages[len(message_field) % 3][message_field] = message_value
+            body = {"model": "ours", "messages": messages, "max_tokens": 4}
+            if outer:
+                body[field] = value
+            headers = {"Content-Type": "application/json"}
+            reply = plain.post(f"{url}/chat/completions", content=json.dumps(body).encode(), headers=headers)
+            seen.add(reply.status_code)
+            assert reply.status_code in (200, 400, 404), body
+            assert len(reply.content) < 3000, body
+
+        seen = set[int]()
+        with httpx2.Client(trust_env=False) as plain:
+            check()
+    assert seen >= {200, 400}
+
+
+def test_no_request_makes_the_server_fail(tokenizer: Tokenizer) -> None:
+    fuzz(tokenizer, 50)
+
+
+@pytest.mark.slow
+def test_no_request_of_many_makes_the_server_fail(tokenizer: Tokenizer) -> None:
+    fuzz(tokenizer, 1000)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 1e-40}, {"temperature": 1e-7}, {"top_p": 0}, {"top_p": 1e-300}])

@@ -1,4 +1,4 @@
-"""A chat request and its reply as the OpenAI protocol has them: the part that takes effect here, checked by pydantic."""
+"""Chat requests and replies of the OpenAI protocol: the part that takes effect here, checked by pydantic."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,28 +19,28 @@ NEUTRAL = {"tool_choice": ("none", "auto"), "parallel_tool_calls": (True,), "mod
 
 
 class TextPart(BaseModel):
-    """One part of a message given as a list."""
+    """Part of a message given as a list."""
 
     type: Literal["text"]
     text: str
 
 
 class Function(BaseModel):
-    """Name and arguments of a tool call; the arguments are JSON in a string, or the object itself."""
+    """Name and arguments of a tool call; the arguments are an object, or its JSON."""
 
     name: str
     arguments: dict[str, Any] | Json[dict[str, Any]]
 
 
 class ToolCall(BaseModel):
-    """A call of the calculator in an earlier assistant message."""
+    """Call of the calculator in an earlier message of the assistant."""
 
     type: Literal["function"] = "function"
     function: Function
 
 
 class ChatMessage(BaseModel):
-    """A message of the conversation so far."""
+    """Message of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
@@ -48,7 +48,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of a chat request: the fields that take effect here, with the protocol's bounds.
+    """Body of a chat request: the fields that take effect here, with the protocol's bounds.
 
     Lists are checked up to their first error (fail_fast): a wrong body of any size is refused quickly, in few words.
     """
@@ -76,7 +76,7 @@ class ChatRequest(BaseModel):
 
     @property
     def stops(self) -> list[str]:
-        """The texts at which the reply is cut."""
+        """Texts at which the reply is cut."""
         return [text for text in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if text]
 
     @property
@@ -88,11 +88,11 @@ class ChatRequest(BaseModel):
 
     @property
     def drawn_seed(self) -> int:
-        """The seed asked for (within 63 bits, not negative), or a random one."""
+        """Seed asked for, as a number of 63 bits, or a random one."""
         return randbits(31) if self.seed is None else self.seed % 2**63
 
     def check(self, structured: bool) -> None:
-        """ValueError on what is asked for and cannot be given."""
+        """Raise ValueError if something is asked for that cannot be given."""
         extra = {name: value for name, value in (self.model_extra or {}).items() if value and name not in HARMLESS}
         unknown = sorted(name for name, value in extra.items() if value not in NEUTRAL.get(name, ()))
         if unknown:
@@ -103,7 +103,7 @@ class ChatRequest(BaseModel):
 
 @dataclass
 class Reply:
-    """A reply under way: the text in pieces; the counts and the reason are final when these are used up."""
+    """Reply under way: its text in pieces; the counts and the reason are final when these are used up."""
 
     pieces: Iterator[str]
     prompt_tokens: int
@@ -112,11 +112,11 @@ class Reply:
 
 
 class Responder(Protocol):
-    """Whatever can answer a chat request. One reply at a time is drawn from it."""
+    """Model or program that answers chat requests. One reply at a time is drawn from it."""
 
     name: str
     structured: bool
-    """Whether it can keep to a JSON schema."""
+    """True if it can keep to a JSON schema."""
 
     def respond(self, request: ChatRequest) -> Reply:
         """Begin a reply; ValueError when the request cannot be answered."""

@@ -1,7 +1,7 @@
-"""The one server that speaks the OpenAI protocol, for the embedded teacher and for our own models alike.
+"""Server for the OpenAI protocol, before the embedded teacher and before our own models alike.
 
-GET /health, GET /v1/models, POST /v1/chat/completions (whole, or streamed as server-sent events). What cannot take effect
-(n > 1, the caller's own tools, log-probabilities) is refused by an error in the protocol's form, never ignored.
+GET /health, GET /v1/models, POST /v1/chat/completions (whole, or streamed as server-sent events). An option that cannot
+take effect (n > 1, the caller's own tools, log-probabilities) is refused by an error in the protocol's form, never ignored.
 No torch at import: only `load_responder` needs it.
 """
 
@@ -39,7 +39,7 @@ MAX_MESSAGE = 500
 
 
 class TeacherResponder:
-    """The embedded teacher behind the protocol; it counts words for tokens."""
+    """Embedded teacher behind the protocol; it counts words for tokens."""
 
     name = "embedded-teacher"
     structured = True
@@ -54,12 +54,12 @@ class TeacherResponder:
 
 
 class ModelResponder:
-    """One of our models behind the protocol, with the calculator as its tool."""
+    """Model of ours behind the protocol, with the calculator as its tool."""
 
     structured = False
 
     def __init__(self, name: str, engine: "Engine", tokenizer: "Tokenizer", context: int) -> None:
-        """context: how many tokens prompt and reply may have together."""
+        """Take a model's engine; `context` is the most tokens that prompt and reply may have together."""
         self.name, self.engine, self.tokenizer, self.context = name, engine, tokenizer, context
 
     def respond(self, request: ChatRequest) -> Reply:
@@ -86,7 +86,7 @@ class ModelResponder:
 
 
 def _count(tokens: Iterable[int], reply: Reply, limit: int, end: int) -> Iterator[int]:
-    """The tokens, counted in the reply as they pass."""
+    """Yield the tokens and count them in the reply."""
     for token in tokens:
         reply.completion_tokens += 1
         reply.finish_reason = "length" if reply.completion_tokens == limit and token != end else "stop"
@@ -94,7 +94,7 @@ def _count(tokens: Iterable[int], reply: Reply, limit: int, end: int) -> Iterato
 
 
 def load_responder(folder: str) -> ModelResponder:
-    """A checkpoint folder as a responder, named by its last two parts: `runs/tiny/rl` is the model `tiny-rl`."""
+    """Load a checkpoint's folder as a responder, named by its last two parts: `runs/tiny/rl` is the model `tiny-rl`."""
     from edu.inference.engine import Engine
     from edu.model.load import load_model, load_tokenizer
     from edu.training.accelerator import autodetect_device_type
@@ -132,7 +132,7 @@ def until_stop(reply: Reply, stops: list[str]) -> Iterator[str]:
 
 
 def make_app(responder: Responder) -> FastAPI:
-    """The server of one responder. Replies are made one after the other: a model's cache serves one at a time."""
+    """Build the server of one responder. Replies are made one after the other: a model's cache serves one at a time."""
     app = FastAPI(
         title=responder.name, exception_handlers={HTTPException: _http_error, RequestValidationError: _bad_body}
     )
@@ -183,7 +183,7 @@ class BodyLimit:
 
 
 async def _events(request: ChatRequest, reply: Reply, turn: asyncio.Lock) -> AsyncIterator[str]:
-    """The reply as server-sent events: the role, the pieces, the reason it ended, the usage if asked for, [DONE]."""
+    """Yield the reply as server-sent events: the role, the pieces, the reason it ended, the usage if asked for, [DONE]."""
     head = _head(request, "chat.completion.chunk")
 
     def event(delta: dict[str, str], reason: str | None = None) -> str:
@@ -237,7 +237,7 @@ async def _bad_body(_: Request, error: Exception) -> JSONResponse:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError that says which flag to change when the address cannot be had. Port 0: any free one."""
+    """Return a listening socket (port 0: any free one); OSError names the flag to change if the address cannot be had."""
     try:
         return socket.create_server((host, port))
     except OSError as error:
@@ -251,7 +251,7 @@ def run_forever(app: FastAPI, listener: socket.socket) -> None:
 
 @contextmanager
 def run_in_thread(app: FastAPI) -> Iterator[str]:
-    """Serve on a free port of 127.0.0.1 while the block runs; gives the base URL, which ends in /v1."""
+    """Serve on a free port of 127.0.0.1 while the block runs; the value is the base URL, which ends in /v1."""
     config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", timeout_graceful_shutdown=1)
     server, listener = uvicorn.Server(config), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
