@@ -75,23 +75,21 @@ def ours(name: str, paths: Sequence[Path], tokenizer: Any, T: int, **options: An
     from edu.data.loader import stream_batches
 
     seen = {"tokens": 0, "starts": 0, "positions": 0}
-    dropped = [0, 1]  # tokens thrown away, tokens delivered
 
     def stream() -> Iterator[int]:
         text = 0  # tokens of a batch that are no BOS
-        for number, (batch, state) in enumerate(stream_batches(paths, tokenizer, 8, T, **options)):
+        for number, (batch, _) in enumerate(stream_batches(paths, tokenizer, 8, T, **options)):
             if number % 64 == 0:  # looking costs as much as packing; one batch in 64 tells enough
                 new = (batch.inputs.numel(), int((batch.positions == 0).sum()), int(batch.positions.sum()))
                 for key, value in zip(seen, new, strict=True):
                     seen[key] += value
                 text = int(8 * T * (1 - seen["starts"] / seen["tokens"]))
-                dropped[:] = state.dropped, (number + 1) * text
             yield text
 
     def notes() -> str:
         rows = seen["tokens"] / T
         return (
-            f"{dropped[0] / sum(dropped):6.2%} lost, {seen['starts'] / rows:5.2f} pieces a row, "
+            f"{seen['starts'] / rows:5.2f} documents a row, "
             f"{seen['positions'] / seen['tokens']:4.0f} tokens of context on average"
         )
 
@@ -139,7 +137,6 @@ def main() -> None:
         contenders += [
             ours(f"T={T} carry (default)", paths, tokenizer, T),
             ours(f"T={T} concatenate", paths, tokenizer, T, buffer_size=1),
-            ours(f"T={T} crop", paths, tokenizer, T, carry=False),
         ]
     contenders += [Contender(f"T={T} datasets", hugging_face(paths, args.tokenizer, T)) for T in args.sequence_lengths]
     for contender in (bare, *contenders):

@@ -1,13 +1,9 @@
-"""The loss that the same number of trained tokens reaches under the three packings (about a minute a line).
+"""The loss that the same number of trained tokens reaches under two packings (about a minute a line).
 
 Example: python benchmarks/packing.py --data data/fineweb-edu --tokenizer runs/d12/tokenizer --sequence-lengths 256
 
-Two cases matter: text in plenty (--tokens well below what DATA holds: throwing away costs nothing), and text that is
-used up (--tokens as many as DATA holds or more: what was thrown away is made up for by repeating the rest).
-
-The model, its optimizer and their settings are those of recipes/tiny; only the rows differ. The loss is measured on held-out
-text in two ways, since each packing is at home in one: the rows that the loader gives, some of which start within a
-document, and rows in which every piece starts with its document, as cropping trains them.
+The model, its optimizer and their settings are those of recipes/tiny; only the rows differ. Cropping, which throws away the
+rest of a document that does not fit, was compared here too and is no longer built in (figures in docs/LOG.md).
 """
 
 import statistics
@@ -20,7 +16,6 @@ from edu.config.cli import parse, run_script
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "carried on": {},
-    "cropped": {"carry": False},
     "concatenation": {"buffer_size": 1},
 }
 
@@ -42,7 +37,7 @@ class Args:
     step_tokens: int = 4096
     """Of these, a step."""
     eval_tokens: int = 60_000
-    """Held-out tokens measured on, of either kind of rows."""
+    """Held-out tokens measured on."""
 
 
 def main() -> None:
@@ -61,8 +56,8 @@ def main() -> None:
     accelerator = compute_init(0, "no")
     tokenizer, shards, held_out = Tokenizer.load(args.tokenizer), *(list_shards(args.data, s) for s in ("train", "val"))
 
-    def run(T: int, seed: int, packing: dict[str, Any]) -> tuple[float, float, float]:
-        """Bits per byte on the loader's rows and on documents' beginnings; passes over the data."""
+    def run(T: int, seed: int, packing: dict[str, Any]) -> tuple[float, float]:
+        """Return bits per byte on held-out rows, and the documents taken."""
         rows, steps = args.step_tokens // T, args.tokens // args.step_tokens
         config = PretrainConfig(seed=seed, sequence_length=T, max_steps=steps)
         model: Any = make_model(config, tokenizer)
@@ -74,22 +69,16 @@ def main() -> None:
             train_step(accelerator, model, optimizer, [Term([batch])], config.clip)
             documents = state.documents
         model.eval()
-        found = []
-        for carry in (True, False):
-            measured = stream_batches(held_out, tokenizer, rows, T, epochs=1, carry=carry)
-            batches = (batch for batch, _ in islice(measured, args.eval_tokens // (rows * T)))
-            found.append(bits_per_byte(model, batches, tokenizer.token_bytes()))
-        return found[0], found[1], documents
+        measured = stream_batches(held_out, tokenizer, rows, T, epochs=1)
+        batches = (batch for batch, _ in islice(measured, args.eval_tokens // (rows * T)))
+        return bits_per_byte(model, batches, tokenizer.token_bytes()), documents
 
-    print("| T | packing | the loader's rows | documents' beginnings | documents taken |\n|--|--|--|--|--|")
+    print("| T | packing | bits per byte | documents taken |\n|--|--|--|--|")
     for T in args.sequence_lengths:
         for name, packing in PACKINGS.items():
-            rows, starts, documents = zip(*(run(T, seed, packing) for seed in range(args.seeds)), strict=True)
-            cells = (
-                f"{statistics.mean(values):.3f} ({', '.join(f'{value:.3f}' for value in values)})"
-                for values in (rows, starts)
-            )
-            print(f"| {T} | {name} | {' | '.join(cells)} | {documents[0]:,.0f} |", flush=True)
+            losses, documents = zip(*(run(T, seed, packing) for seed in range(args.seeds)), strict=True)
+            cell = f"{statistics.mean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})"
+            print(f"| {T} | {name} | {cell} | {documents[0]:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

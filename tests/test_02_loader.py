@@ -75,13 +75,11 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.mark.parametrize(("world_size", "rank"), [(1, 0), (2, 1), (3, 0), (7, 6)])
-@pytest.mark.parametrize(
-    ("buffer_size", "carry", "T"), [(6, True, 24), (6, False, 24), (1, True, 24), (1000, True, 100)]
-)
+@pytest.mark.parametrize(("buffer_size", "T"), [(6, 24), (1, 24), (1000, 100)])
 def test_resuming_from_batch_k_gives_batch_k_plus_1(
-    shards: list[Path], world_size: int, rank: int, buffer_size: int, carry: bool, T: int
+    shards: list[Path], world_size: int, rank: int, buffer_size: int, T: int
 ) -> None:
-    options = {"epochs": 3, "buffer_size": buffer_size, "carry": carry}
+    options = {"epochs": 3, "buffer_size": buffer_size}
     whole = list(stream_batches(shards, TOKENIZER, 2, T, rank, world_size, **options))
     assert len(whole) > 2
     for k, (_, saved) in enumerate(whole):
@@ -435,3 +433,15 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
             sizes = [process.memory_info().rss / 1e6]
     assert k > 10_000
     assert max(sizes) < sizes[0] + 30, sizes[::10]
+
+
+def test_a_program_that_ends_within_a_stream_ends_in_silence(shards: list[Path]) -> None:
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from test_02_loader import TOKENIZER\n"
+        "from edu.data.loader import stream_batches\n"
+        f"stream = stream_batches({[str(path) for path in shards]!r}, TOKENIZER, 2, 32); next(stream)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -32,7 +32,7 @@ EXCEPTIONS: set[tuple[str, str]] = set()
 # Lines that a reader opens for each challenge: its main modules with all that they import. Today's cap, which only falls.
 CLOSURES = {
     1: (["data/shards.py"], 750),
-    2: (["data/loader.py"], 1370),
+    2: (["data/loader.py"], 615),
     3: (["training/accelerator.py"], 350),
     4: (["model/gpt.py"], 1010),
     5: (["inference/engine.py"], 1430),

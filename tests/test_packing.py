@@ -24,21 +24,19 @@ def pieces_of(lengths: list[int]) -> list[TrainingExample]:
     ]
 
 
-def stream_rows(
-    lengths: list[int], T: int, buffer_size: int, carry: bool = True
-) -> tuple[list[list[int]], StreamPacker]:
+def stream_rows(lengths: list[int], T: int, buffer_size: int) -> tuple[list[list[int]], StreamPacker]:
     """All rows (BOS first) of a finite stream of documents with ids 0, 1, 2, ...; the last may be short."""
     ends = np.cumsum(lengths)
     documents = iter([np.arange(end - n, end) for n, end in zip(lengths, ends, strict=True)])
-    packer, rows, number = StreamPacker(BOS, T, carry), [], itertools.count()
+    packer, rows, number = StreamPacker(BOS, T), [], itertools.count()
 
     def refill() -> None:
-        while len(packer.buffer) < buffer_size and (ids := next(documents, None)) is not None:
+        while len(packer.buffer.items) < buffer_size and (ids := next(documents, None)) is not None:
             packer.add((next(number), 0), ids)
 
-    while batch := packer.batch(3, refill):
-        for first, targets, positions in zip(batch.inputs[:, 0], batch.targets, batch.positions, strict=True):
-            row = torch.cat([first[None], targets])
+    while filled := packer.rows(3, refill):
+        for tokens, places in zip(*filled, strict=True):
+            row, targets, positions = torch.from_numpy(tokens), torch.from_numpy(tokens[1:]), torch.from_numpy(places)
             learned = int((targets != IGNORE).sum())
             padding = learned + 1 if learned else 0
             assert (targets[learned:] == IGNORE).all()
@@ -76,8 +74,8 @@ def test_window_keeps_rows_near_the_order_of_the_list() -> None:
     assert max(row[0] for row in rows[:10]) < 200
 
 
-def test_a_piece_longer_than_a_row_is_refused() -> None:
-    with pytest.raises(AssertionError, match="piece 1 has 18 tokens"):
+def test_an_example_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(AssertionError, match="example 1 has 18 tokens"):
         pack_rows(pieces_of([3, 18]), 16)
 
 
@@ -129,7 +127,7 @@ def test_stream_packing_loses_nothing_and_leaves_no_room(lengths: list[int], T: 
     assert all(row[0] == BOS for row in rows)
     targets = Counter(token for row in rows for token in row[1:] if token != BOS)
     assert targets == Counter(range(sum(lengths)))
-    assert packer.tokens == packer.dropped == 0
+    assert packer.tokens == 0
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=50), st.integers(1, 12))
@@ -148,20 +146,9 @@ def test_a_buffer_of_one_document_is_concatenation() -> None:
     assert [token for row in rows for token in row if token != BOS] == list(range(sum(lengths)))
 
 
-@given(st.lists(st.integers(1, 60), max_size=50))
-@settings(deadline=None, max_examples=50)
-def test_without_carry_every_row_starts_a_document_and_the_loss_is_counted(lengths: list[int]) -> None:
-    starts = {0, *np.cumsum(lengths).tolist()}
-    rows, packer = stream_rows(lengths, 9, 8, carry=False)
-    assert all(row[i + 1] in starts for row in rows for i in range(len(row) - 1) if row[i] == BOS and row[i + 1] != BOS)
-    kept = sum(token != BOS for row in rows for token in row)
-    assert kept + packer.dropped == sum(lengths)
-
-
 def test_room_for_one_token_takes_a_bos_and_no_document() -> None:
-    rows, packer = stream_rows([11, 5], 12, 8, carry=False)
+    rows = stream_rows([11, 5], 12, 8)[0]
     assert rows == [[BOS, *range(11), BOS], [BOS, *range(11, 16)]]
-    assert packer.dropped == 0
 
 
 def test_no_document_waits_forever() -> None:

@@ -1,4 +1,4 @@
-"""Documents: the texts of parquet shards, encoded, as a stream that starts anywhere; bounded memory.
+"""A stream of encoded documents from parquet shards that starts anywhere; bounded memory.
 
 Row groups are read one after another, CHUNK rows at a time. Every process reads all row groups and keeps each
 world_size-th row of the data set: reading costs about a hundredth of encoding, and so any number of processes shares
@@ -14,30 +14,29 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from edu.data.shards import holds_text
+from edu.data.parquet import holds_text
 
 CHUNK = 128  # rows decoded and encoded at once: 64 cost 2% of the loader's speed in caches gone cold (docs/LOG.md)
 AHEAD = 2  # chunks encoded before they are asked for
-T = TypeVar("T")
 
 
 class Encoder(Protocol):
-    """What the loader needs of a tokenizer; edu.data.tokenizer.Tokenizer is one."""
+    """The part of a tokenizer that the loader needs; edu.data.tokenizer.Tokenizer has it."""
 
     bos: int
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, special tokens typed in it being ordinary text."""
+        """Return the ids of each text, special tokens typed in it being ordinary text."""
         ...
 
 
-# One row of the data set, encoded: its place (epoch, shard, row group, row); its ids, None where it holds nothing to
+# One row of the data set, encoded: its origin (epoch, shard, row group, row); its ids, None where it holds nothing to
 # learn from; how many rows could not be read, this one included. A plain tuple costs a fifth of a named one.
 Document = tuple[tuple[int, int, int, int], np.ndarray | None, int]
 
@@ -51,25 +50,24 @@ class Shard:
     groups: tuple[int, ...]
 
     def name(self) -> tuple[str, int, int]:
-        """What a state knows it by, wherever its folder moves: file name, bytes, rows."""
+        """Return its identity in a state, wherever its folder moves: file name, bytes, rows."""
         return self.path.name, self.size, sum(self.groups)
 
 
 @dataclass
-class Source:
-    """The shards as one process reads them."""
+class Documents:
+    """The documents of shards as one process of several reads them."""
 
     shards: list[Shard]
     tokenizer: Encoder
     rank: int
     world_size: int
-    column: str
     on_bad: Literal["error", "skip"]
     _opened: tuple[int, pq.ParquetFile] | None = field(default=None, init=False)
     """The shard that is being read: opening it anew for each row group would cost 0.5% of the speed."""
 
-    def documents(self, start: tuple[int, int, int, int], epochs: int | None) -> Generator[list[Document], None, None]:
-        """This process's documents from a position on, in chunks; ValueError after an epoch that has none.
+    def stream(self, start: tuple[int, int, int, int], epochs: int | None) -> Generator[list[Document], None, None]:
+        """Yield this process's documents from a position on, in chunks; ValueError after an epoch that has none.
 
         The tokenizer is a copy because a tiktoken encoder is 1.2 times as fast in the thread that first used it.
         """
@@ -94,7 +92,7 @@ class Source:
             found = False
 
     def read(self, epoch: int, shard: int, group: int, rows: np.ndarray) -> Iterator[list[Document]]:
-        """The documents of the given rows, ascending, of one row group; CHUNK rows are in memory at a time."""
+        """Yield the documents of the given rows, ascending, of one row group; CHUNK rows are in memory at a time."""
         done = first = 0
         try:
             for texts in self._texts(shard, group) if len(rows) else ():
@@ -118,7 +116,7 @@ class Source:
             path = self.shards[shard].path
             self._opened = shard, pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
         file = self._opened[1]
-        for batch in file.iter_batches(CHUNK, row_groups=[group], columns=[self.column], use_threads=False):
+        for batch in file.iter_batches(CHUNK, row_groups=[group], columns=["text"], use_threads=False):
             yield batch.column(0)
 
     def _encode(self, texts: list[str | None], group: tuple[int, int, int], rows: np.ndarray) -> list[Document]:
@@ -127,7 +125,7 @@ class Source:
 
 
 def strings(texts: pa.Array) -> list[str | None]:
-    """The texts of an array; bytes that are no UTF-8 become U+FFFD, rather than ending a run of days."""
+    """Return the texts of an array; bytes that are no UTF-8 become U+FFFD, rather than ending a run of days."""
     try:
         return texts.to_pylist()
     except UnicodeDecodeError:
@@ -135,7 +133,7 @@ def strings(texts: pa.Array) -> list[str | None]:
         return [value and value.decode("utf-8", "replace") for value in values]
 
 
-def scan_shard(path: Path, column: str, on_bad: Literal["error", "skip"]) -> Shard:
+def scan_shard(path: Path, on_bad: Literal["error", "skip"]) -> Shard:
     """Read a shard's footer; ValueError if it has none, or no such column of text. Skipped, it has no row groups."""
     try:
         with pq.ParquetFile(path) as file:
@@ -148,39 +146,39 @@ def scan_shard(path: Path, column: str, on_bad: Literal["error", "skip"]) -> Sha
             raise ValueError(f"{path}: not a readable parquet file ({error}); download it again") from error
         warnings.warn(f"{path}: not a readable parquet file ({error}); left out", stacklevel=3)
         return Shard(path, path.stat().st_size, ())
-    if not holds_text(schema, column):
+    if not holds_text(schema):
         names = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise ValueError(f"{path}: needs a column {column!r} of strings; has {names}")
+        raise ValueError(f"{path}: needs a column 'text' of strings; has {names}")
     return Shard(path, path.stat().st_size, groups)
 
 
-class Ahead(Generic[T]):
-    """The items of a generator, each made by one background thread up to AHEAD before it is asked for.
+class Ahead:
+    """Iterator over a generator's items, each made by one background thread up to AHEAD before it is asked for.
 
     An executor's thread, unlike a daemon thread, is waited for at exit, so it is never torn down inside pyarrow's code;
     and the generator is closed before modules go.
     """
 
-    def __init__(self, items: Generator[T, None, None]) -> None:
+    def __init__(self, items: Generator[list[Document], None, None]) -> None:
         self._items = items
         self._pool = ThreadPoolExecutor(1, "loader")
-        self._pending = deque(self._more() for _ in range(AHEAD))
+        self._pending = deque(self._submit() for _ in range(AHEAD))
         weakref.finalize(self, _stop, self._pool, items)
 
-    def _more(self) -> Future[T | None]:
+    def _submit(self) -> Future[list[Document] | None]:
         return self._pool.submit(next, self._items, None)
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> Iterator[list[Document]]:
         return self
 
-    def __next__(self) -> T:
+    def __next__(self) -> list[Document]:
         item = self._pending.popleft().result() if self._pending else None
         if item is None:
             raise StopIteration
-        self._pending.append(self._more())
+        self._pending.append(self._submit())
         return item
 
 
-def _stop(pool: ThreadPoolExecutor, items: Generator[Any, None, None]) -> None:
+def _stop(pool: ThreadPoolExecutor, items: Generator[list[Document], None, None]) -> None:
     pool.shutdown(cancel_futures=True)
     items.close()

@@ -1,8 +1,8 @@
-"""Packing: pieces of any length into rows of one length by best fit; and Batch, what every stage trains on.
+"""Best-fit packing of token sequences into rows of one length, and Batch, the form in which every stage trains.
 
-The one algorithm: put the largest piece that fits into the room that is left, until none does. Lists (conversations,
-rollouts, problems) go through `pack_rows`, which never cuts a piece. A stream of documents goes through `StreamPacker`,
-which cuts one where nothing fits, so that every row is full, and puts the rest back instead of throwing it away.
+The algorithm: put the largest sequence that fits into the room that is left, until none does. Lists (conversations,
+rollouts, problems) go through `pack_rows`, which never cuts one. A stream of documents goes through `StreamPacker`, which
+cuts one where nothing fits, so that every row is full, and puts the rest back.
 
 B batch, T sequence length. A row of T inputs and T targets, shifted by one, comes from T + 1 tokens.
 """
@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 IGNORE = -1
-V = TypeVar("V")
 Key = tuple[int, ...]
 
 
@@ -37,17 +36,17 @@ class Batch:
     """Place within the document: each 0 starts a new one, and attention does not look across it."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
     def split(self, parts: int) -> "list[Batch]":
-        """Its rows in as many smaller batches, or one a row where there are fewer rows."""
+        """Divide the rows into as many smaller batches, or one a row where there are fewer rows."""
         return [Batch(*rows) for rows in zip(*(tensor.chunk(parts) for tensor in vars(self).values()), strict=True)]
 
 
 @dataclass(frozen=True)
 class TrainingExample:
-    """What is trained as one document: n + 1 tokens give n inputs and n targets."""
+    """A token sequence with its loss mask and weights; n + 1 tokens give n inputs and n targets."""
 
     ids: Sequence[int] | np.ndarray
     mask: Sequence[int] | np.ndarray
@@ -58,28 +57,25 @@ class TrainingExample:
     """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model.masks.document_mask."""
 
 
-class BestFit(Generic[V]):
+class BestFit:
     """A buffer of sized items that finds the largest that fits a room, and the oldest, by bisection.
 
     Keys are unique tuples that begin with the size; among equal sizes the greatest key is found first. An item larger
     than `limit` fits no room that will be asked for: it is found by its age only, and costs no sorting.
 
-    >>> buffer = BestFit[str]()
+    >>> buffer = BestFit()
     >>> for size, word in [(5, "hello"), (2, "hi"), (3, "hey")]:
     ...     buffer.add((size,), word)
-    >>> buffer.fitting(4), buffer.fitting(1), buffer.oldest(), buffer.pop((3,)), len(buffer)
+    >>> buffer.fitting(4), buffer.fitting(1), buffer.oldest(), buffer.pop((3,)), len(buffer.items)
     ((3,), None, (5,), 'hey', 2)
     """
 
     def __init__(self, limit: float = inf) -> None:
         self.limit = limit
+        self.items: dict[Key, Any] = {}  # in order of age
         self._sorted: list[Key] = []
-        self.items: dict[Key, V] = {}  # in order of age
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def add(self, key: Key, item: V) -> None:
+    def add(self, key: Key, item: Any) -> None:
         """Put an item in, as the youngest."""
         assert key not in self.items, f"two items {key}"
         if key[0] <= self.limit:
@@ -87,19 +83,15 @@ class BestFit(Generic[V]):
         self.items[key] = item
 
     def fitting(self, room: int) -> Key | None:
-        """The key of the largest item of at most `room`."""
+        """Return the key of the largest item of at most `room`."""
         at = bisect_left(self._sorted, (room + 1,))
         return self._sorted[at - 1] if at else None
 
     def oldest(self) -> Key | None:
-        """The key of the item that has waited longest."""
+        """Return the key of the item that has waited longest."""
         return next(iter(self.items), None)
 
-    def smallest(self) -> Key:
-        """The key of the smallest item; all of them have to be within the limit."""
-        return self._sorted[0]
-
-    def pop(self, key: Key) -> V:
+    def pop(self, key: Key) -> Any:
         """Take an item out."""
         if key[0] <= self.limit:
             del self._sorted[bisect_left(self._sorted, key)]
@@ -107,23 +99,23 @@ class BestFit(Generic[V]):
 
 
 def pack_rows(items: Sequence[TrainingExample], sequence_length: int, window: int = 4096) -> list[list[int]]:
-    """Put pieces, none cut, into rows of at most sequence_length inputs; gives each row as indices into items.
+    """Pack examples, none cut, into rows of at most sequence_length inputs; return each row as indices into items.
 
-    1. Keep the next `window` pieces at hand. Up to so many in all, this is best-fit decreasing (at most 11/9 of the
+    1. Keep the next `window` examples at hand. Up to so many in all, this is best-fit decreasing (at most 11/9 of the
        fewest rows: Johnson et al., SIAM J. Comput. 3, 1974); beyond, rows stay near the order of the list.
     2. Fill a row: the largest that fits, again and again; among equals the first of the list.
 
-    Nothing is drawn at random. A piece of more than sequence_length + 1 tokens is the caller's to leave out or shorten.
+    Nothing is drawn at random. An example of more than sequence_length + 1 tokens is the caller's to leave out or shorten.
 
     >>> pack_rows([TrainingExample([1] * n, [1] * n) for n in (3, 5, 4, 3)], sequence_length=6)
     [[1, 0], [2, 3]]
     """
-    buffer, rows, coming = BestFit[None](), [], 0
-    while coming < len(items) or len(buffer):
-        while coming < len(items) and len(buffer) < window:
+    buffer, rows, coming = BestFit(), [], 0
+    while coming < len(items) or buffer.items:
+        while coming < len(items) and len(buffer.items) < window:
             size = len(items[coming].ids) - 1
             assert 1 <= size <= sequence_length, (
-                f"piece {coming} has {size + 1} tokens; a row takes 2 to {sequence_length + 1}"
+                f"example {coming} has {size + 1} tokens; a row takes 2 to {sequence_length + 1}"
             )
             buffer.add((size, -coming), None)
             coming += 1
@@ -137,7 +129,7 @@ def pack_rows(items: Sequence[TrainingExample], sequence_length: int, window: in
 
 
 def collate(rows: Sequence[Sequence[TrainingExample]], sequence_length: int, pad: int = 0) -> Batch:
-    """Lay out rows of pieces as a Batch: inputs ids[:-1], targets ids[1:] where their mask is 1.
+    """Lay out rows of examples as a Batch: inputs ids[:-1], targets ids[1:] where their mask is 1.
 
     What a row has left over is a document of `pad` of its own, with nothing to learn. A row may be empty.
 
@@ -152,15 +144,15 @@ def collate(rows: Sequence[Sequence[TrainingExample]], sequence_length: int, pad
     weights, positions = np.zeros((B, T), np.float32), np.zeros((B, T), np.int64)
     for b, row in enumerate(rows):
         at = 0
-        for piece in row:
-            ids, mask = np.asarray(piece.ids, np.int64), np.asarray(piece.mask).astype(bool)
+        for example in row:
+            ids, mask = np.asarray(example.ids, np.int64), np.asarray(example.mask).astype(bool)
             assert len(ids) == len(mask), f"{len(ids)} ids, {len(mask)} of mask"
-            place = slice(at, at := at + len(ids) - 1)
+            part = slice(at, at := at + len(ids) - 1)
             assert at <= T, f"row {b} has {at} inputs or more; it takes {T}"
-            inputs[b, place] = ids[:-1]
-            targets[b, place] = np.where(mask, ids, IGNORE)[1:]
-            weights[b, place] = np.where(mask, piece.weight, 0.0)[1:]
-            positions[b, place] = np.arange(len(ids) - 1) if piece.positions is None else piece.positions[:-1]
+            inputs[b, part] = ids[:-1]
+            targets[b, part] = np.where(mask, ids, IGNORE)[1:]
+            weights[b, part] = np.where(mask, example.weight, 0.0)[1:]
+            positions[b, part] = np.arange(len(ids) - 1) if example.positions is None else example.positions[:-1]
         positions[b, at:] = np.arange(T - at)
     return Batch(*map(torch.from_numpy, (inputs, targets, weights, positions)))
 
@@ -174,75 +166,58 @@ class StreamPacker:
 
     Each document, and each rest, takes one token more than its own: the BOS it starts with. So every token of a
     document is a target exactly once, and every document's end is followed by a BOS to predict, unless the row ends
-    there. carry=False throws the rests away, and cuts the smallest document to lose the least: every row then starts
-    at a document's start. A buffer of one document (see `batch`) is concatenation in the order of the stream.
+    there. A buffer of one document is concatenation in the order of the stream.
     """
 
-    def __init__(self, bos: int, sequence_length: int, carry: bool = True) -> None:
-        self.carry = carry
-        # Slices of memory, not of arrays: packing rows of 256 takes two thirds of the time (docs/LOG.md, 2026-11-24).
-        self.buffer = BestFit[memoryview](limit=sequence_length + 1 if carry else inf)
+    def __init__(self, bos: int, sequence_length: int) -> None:
+        self.size = sequence_length + 1
+        self.buffer = BestFit(limit=self.size)
         self.tokens = 0  # waiting in the buffer, BOS included
-        self.dropped = 0  # thrown away so far
-        self._size = sequence_length + 1
-        self._bos = np.array([bos], np.int32).data
-        self._unfilled = np.full(self._size, IGNORE, np.int32).data
-        self._positions = np.arange(sequence_length)
+        self._bos = np.array([bos], np.uint32)
 
-    def add(self, place: Key, ids: np.ndarray) -> None:
-        """Put in a document. place: where it comes from, unique; its last number is the first token's offset there."""
-        assert len(ids), f"an empty document at {place}"
-        self.buffer.add((1 + len(ids), *place), np.asarray(ids, np.uint32).data)
+    def add(self, origin: Key, ids: np.ndarray) -> None:
+        """Put in a document. origin: where it comes from, unique; its last number is the first token's offset there."""
+        assert len(ids), f"an empty document at {origin}"
+        self.buffer.add((1 + len(ids), *origin), ids)
         self.tokens += 1 + len(ids)
 
-    def batch(self, batch_size: int, refill: Callable[[], None]) -> Batch | None:
-        """The next rows, full unless the documents run out; None when there were none left to start with.
+    def rows(self, batch_size: int, refill: Callable[[], None]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return tokens (B, T + 1) and positions (B, T) of the next rows; None when no documents are left.
 
-        refill is called first, and whenever there are fewer documents than before, to keep as many as its owner wants.
+        Rows are full unless the documents run out: IGNORE fills the rest. refill is called first, and whenever there are
+        fewer documents than before, to keep as many as its owner wants.
         """
-        parts: list[memoryview] = []  # BOS, ids, BOS, ids, ...
-        positions = np.empty((batch_size, self._size - 1), np.int64)
-        positions[:] = self._positions
+        parts: list[np.ndarray] = []  # BOS, ids, BOS, ids, ...
+        count = np.arange(self.size - 1)
+        positions = np.tile(count, (batch_size, 1))
         refill()
-        for b in range(batch_size):
-            for at in self._row(parts, refill):
-                positions[b, at:] = self._positions[: self._size - 1 - at]
-        if parts[0] is not self._bos:
+        if not self.buffer.items:
             return None
-        return shift(np.frombuffer(b"".join(parts), np.int32).reshape(batch_size, -1), positions, self._bos[0])
+        for b in range(batch_size):
+            for start in self._row(parts, refill):
+                positions[b, start:] = count[: len(count) - start]
+        return np.concatenate(parts, dtype=np.int64).reshape(batch_size, self.size), positions
 
-    def _row(self, parts: list[memoryview], refill: Callable[[], None]) -> list[int]:
-        """Append one row's pieces, each BOS and ids, or IGNORE for want of documents; gives where the second ... start."""
-        buffer, room, starts = self.buffer, self._size, []
+    def _row(self, parts: list[np.ndarray], refill: Callable[[], None]) -> list[int]:
+        """Append one row's documents, each BOS and ids; return where the second and the following start."""
+        buffer, room, starts = self.buffer, self.size, []
         key = buffer.oldest()
         while key:
             parts.append(self._bos)
-            if room == 1:  # the BOS alone: what follows it is not read, and the document stays whole
+            if room == 1:  # the BOS alone: the token after it is not read, and the document stays whole
                 return starts
             ids, size = buffer.pop(key), key[0]
-            if size > room and self.carry:
+            if size > room:
                 buffer.add((size - room + 1, *key[1:-1], key[-1] + room - 1), ids[room - 1 :])
                 self.tokens -= room - 1
             else:
                 self.tokens -= size
                 refill()
-            if size >= room:
-                self.dropped += 0 if self.carry else size - room
-                parts.append(ids[: room - 1])
-                return starts
-            parts.append(ids)
+            parts.append(ids[: room - 1])
             room -= size
-            starts.append(self._size - room)
-            key = buffer.fitting(room) or (buffer.oldest() if self.carry or not len(buffer) else buffer.smallest())
-        parts.append(self._unfilled[:room])
+            if room <= 0:
+                return starts
+            starts.append(self.size - room)
+            key = buffer.fitting(room) or buffer.oldest()
+        parts.append(np.full(room, IGNORE, np.int64))
         return starts
-
-
-def shift(tokens: np.ndarray, positions: np.ndarray, pad: int) -> Batch:
-    """The Batch of rows of T + 1 tokens and T positions; IGNORE marks places at the end that are not filled."""
-    inputs, targets = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-    weights = torch.ones(targets.shape)
-    if tokens[-1, -1] == IGNORE:
-        weights[torch.from_numpy(targets == IGNORE)] = 0
-        inputs[inputs == IGNORE] = pad
-    return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), weights, torch.from_numpy(positions))

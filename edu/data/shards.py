@@ -24,6 +24,7 @@ from huggingface_hub import hf_hub_url
 from edu.config.network import public_url
 from edu.data.atomic_io import write_text
 from edu.data.download import Again, Retry, TransferError, fetch, sha256_of
+from edu.data.parquet import holds_text
 
 Progress = Callable[[int, int, int | None], None]  # (shard index, bytes here, bytes in all or None)
 Get = Callable[[str, Path, Callable[[Path, bool], None]], bool]  # (URL, path, check), as `fetch`
@@ -247,7 +248,7 @@ def check_parquet(path: Path, proven: bool = False) -> None:
     try:
         with pq.ParquetFile(path) as file:
             rows, schema = file.metadata.num_rows, file.schema_arrow
-            if not holds_text(schema, "text") or not rows:
+            if not holds_text(schema) or not rows:
                 columns = ", ".join(schema.names)
                 raise TransferError(f"not a shard: needs rows with a string column `text`; has {rows} of {columns}")
             for _ in () if proven else file.iter_batches(batch_size=1024, columns=["text"]):
@@ -257,13 +258,6 @@ def check_parquet(path: Path, proven: bool = False) -> None:
     except (pa.ArrowException, OSError) as error:
         reason = f"not a readable parquet file: {error}"
         raise (TransferError(reason) if proven else Again(reason, keep=False)) from error
-
-
-def holds_text(schema: pa.Schema, column: str) -> bool:
-    """Check whether a file of this schema has such a column of strings, plain or by dictionary."""
-    kind = schema.field(column).type if column in schema.names else pa.null()
-    kind = kind.value_type if isinstance(kind, pa.DictionaryType) else kind
-    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def read_manifest(data_dir: Path | str) -> dict[str, Entry]:
