@@ -37,7 +37,8 @@ def main() -> int:
         raise ValueError(f"--workers {args.workers}: give 1 or more")
     out = args.out or default_folder(args.source)
     if args.verify:
-        from edu.data.shards import read_manifest, verify_folder
+        from edu.data.shard_folder import verify_folder
+        from edu.data.shards import read_manifest
 
         problems = verify_folder(out)
         print(printable("\n".join(problems)) or f"{out}: all {len(read_manifest(out))} shards are right")
@@ -88,7 +89,8 @@ def download(args: Args, out: Path) -> int:
     """Say what will be fetched, fetch what is missing, and list what could not be had."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    from edu.data.shards import SHARD_NAME, download_shards
+    from edu.data.shard_folder import download_shards
+    from edu.data.shards import SHARD_NAME
     from edu.data.sources import SHARE, find_source
 
     source = find_source(args.source, args.val_index)

@@ -25,16 +25,15 @@ from fault_server import Fault, Plan, serve
 
 import edu.data.shards
 from edu.data.download import Download
+from edu.data.shard_folder import download_shards, verify_folder
 from edu.data.shards import (
     KNOWN,
     Retry,
     ShardError,
     Source,
     download_shard,
-    download_shards,
     list_shards,
     read_manifest,
-    verify_folder,
 )
 from edu.data.sources import find_source, write_shard
 from edu.synthetic.world.corpus import write_corpus

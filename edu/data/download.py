@@ -16,7 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event, Thread
@@ -62,15 +62,12 @@ class Retry:
         return max(asked, self.base * 2 ** (failures - 1) * (0.5 + random.random()))
 
 
-@dataclass
 class Watchdog:
     """Shuts a connection down that brings less than `min_rate` over a window, be it headers that trickle in or content."""
 
-    retry: Retry
-    received: int = 0
-    stalled: bool = False
-    _sockets: list[socket.socket] = field(default_factory=list)
-    _done: Event = field(default_factory=Event)
+    def __init__(self, retry: Retry) -> None:
+        self.retry, self.received, self.stalled = retry, 0, False
+        self._sockets, self._done = list[socket.socket](), Event()
 
     def trace(self, _event: str, info: dict[str, Any]) -> None:
         """Note the sockets that httpx2 opens."""
@@ -97,9 +94,9 @@ class Watchdog:
             raise Again(f"stalled: less than {self.retry.min_rate:.0f} bytes a second", keep=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Download:
-    """A file on its way to `path`."""
+    """A file on its way to `path`: `part` holds the bytes that are here, `etag_file` their URL and strong ETag."""
 
     url: str
     path: Path
@@ -107,15 +104,10 @@ class Download:
     retry: Retry
     report: Report | None
 
-    @property
-    def part(self) -> Path:
-        """The bytes that are here."""
-        return self.path.with_name(f".{self.path.name}.part")
-
-    @property
-    def etag_file(self) -> Path:
-        """Two lines: the URL and the strong ETag that they came under."""
-        return self.path.with_name(f".{self.path.name}.etag")
+    def __post_init__(self) -> None:
+        self.part, self.etag_file, self.lock = (
+            self.path.with_name(f".{self.path.name}.{kind}") for kind in ("part", "etag", "lock")
+        )
 
     def size(self) -> int:
         """Return how many bytes are here."""
@@ -162,13 +154,19 @@ class Download:
             client.stream("GET", self.url, headers=headers, extensions={"trace": watchdog.trace}) as response,
         ):
             total = self.place(response, start, etag)
-            size, sha256 = self.hub_says(response)
-            if size is not None and total is not None and size != total:
-                raise Again(f"the Hub says {size} bytes, its storage {total}", keep=False)
-            total = total if size is None else size
+            sha256 = _digest(response.headers)
+            if self.hub:  # its own answer, before it redirects to its storage, knows more
+                head = next(
+                    (each.headers for each in (*response.history, response) if "X-Linked-Size" in each.headers), {}
+                )
+                size, etag = head.get("X-Linked-Size"), head.get("X-Linked-Etag", "").strip('"')
+                sha256 = etag if re.fullmatch("[0-9a-f]{64}", etag) else sha256
+                if size and total not in (None, int(size)):
+                    raise Again(f"the Hub says {size} bytes, its storage {total}", keep=False)
+                total = int(size) if size else total
             if response.status_code != 416:
                 self.append(response.iter_raw(), total, watchdog)
-            return total, sha256 or _digest(response.headers)
+            return total, sha256
 
     def place(self, response: httpx2.Response, start: int, etag: str) -> int | None:
         """Decide by the answer's head where its body belongs: behind what is here, or at 0. Returns the full size."""
@@ -186,14 +184,6 @@ class Download:
         if response.status_code in (206, 416):
             raise Again(f"the server answers a range of another file (HTTP {response.status_code})", keep=False)
         refuse(response)
-
-    def hub_says(self, response: httpx2.Response) -> tuple[int | None, str]:
-        """Read size and, for large files, sha256 from the Hub's own answer, the one before it redirects to its storage."""
-        answers = [each.headers for each in (*response.history, response) if "X-Linked-Size" in each.headers]
-        if not (self.hub and answers):
-            return None, ""
-        etag = answers[0].get("X-Linked-Etag", "").strip('"')
-        return int(answers[0]["X-Linked-Size"]), etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
 
     def append(self, pieces: Iterable[bytes], total: int | None, watchdog: Watchdog) -> None:
         """Write what comes, up to the announced size and not a byte more."""
@@ -248,7 +238,7 @@ def fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = False
     if not path.exists():
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with FileLock(download.lock):
             try:
                 if fresh := not path.exists():  # else another process was faster
                     download.run(check, pause)
@@ -263,7 +253,7 @@ def fetch(
     if path.exists():  # leftovers, of a killed process too
         download.restart()
         with contextlib.suppress(OSError):  # Windows: who waits for it holds it open
-            path.with_name(f".{path.name}.lock").unlink()
+            download.lock.unlink()
     return fresh
 
 

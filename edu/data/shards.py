@@ -8,11 +8,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event
 from typing import Literal, TypedDict
 
 import httpx2
@@ -201,45 +199,6 @@ def download_shard(
     return path
 
 
-def download_shards(
-    indices: Sequence[int],
-    target_dir: Path | str,
-    source: Source,
-    *,
-    workers: int = 4,
-    retry: Retry | None = None,
-    on_progress: Progress | None = None,
-) -> dict[int, ShardError]:
-    """Download in parallel threads; return the errors by index: whatever is not among them is there.
-
-    Ctrl-C stops every worker at its next bytes; the partial files stay for the next run.
-    """
-    stop, failed = Event(), {}
-
-    def progress(index: int, done: int, total: int | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        if on_progress:
-            on_progress(index, done, total)
-
-    def work(index: int) -> None:
-        download_shard(index, target_dir, source, retry=retry, pause=stop.wait, on_progress=progress)
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            jobs = {pool.submit(work, index): index for index in indices}
-            for job in as_completed(jobs):
-                try:
-                    job.result()
-                except ShardError as error:
-                    failed[jobs[job]] = error
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
-
-
 def check_parquet(path: Path, proven: bool = False) -> None:
     """Raise Again if the file is not readable, TransferError if it is but cannot serve as a shard.
 
@@ -297,21 +256,3 @@ def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, che
     with FileLock(folder / ".manifest.lock"):
         entries = dict(sorted({**read_manifest(folder), name: entry}.items()))
         write_text(folder / "manifest.json", json.dumps(entries, indent=1))
-
-
-def verify_folder(data_dir: Path | str) -> list[str]:
-    """Compare every shard with the manifest: sizes and checksums, missing files, unknown ones. Returns complaints."""
-    folder, manifest = Path(data_dir), read_manifest(data_dir)
-    if not manifest:
-        raise ValueError(f"{folder / 'manifest.json'}: nothing to verify; run scripts/download_shards.py first")
-    problems = []
-    for name, entry in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: missing; download it again")
-        elif path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
-            problems.append(f"{path}: not the file that was downloaded; delete it and download it again")
-    found = {path.relative_to(folder).as_posix() for path in parquet_files(folder)}
-    return problems + [
-        f"{folder / name}: not in the manifest; download or remove it" for name in sorted(found - set(manifest))
-    ]
