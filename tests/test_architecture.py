@@ -177,6 +177,14 @@ def test_nothing_evaluates_text_or_bends_the_import_path(path: Path) -> None:
     assert all("weights_only=True" in map(ast.unparse, node.keywords) for node in loads)
 
 
+def test_no_file_is_locked_by_what_windows_lacks() -> None:
+    # filelock.FileLock is the operating system's own lock on both; a SoftFileLock outlives a kill.
+    for path in LIBRARY + SCRIPTS:
+        tree = ast.parse(path.read_text())
+        assert "fcntl" not in set(imports(tree)), f"{name_of(path)}: lock by filelock.FileLock"
+        assert "SoftFileLock" not in ast.unparse(tree), name_of(path)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_no_script_is_named_like_a_library(path: Path) -> None:
     # `python scripts/x.py` puts scripts/ first on the import path: a tokenize.py there breaks `import torch`.

@@ -1,15 +1,14 @@
 """Command lines and YAML files as configs, and mistakes as one line. No torch here: --help is instant."""
 
 import dataclasses
-import json
 import os
 import re
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar
 
+from edu.config.fields import checked, flag, is_optional, type_hints
 from edu.config.network import public_url, settings_fault
 from edu.config.reading import read_yaml
 from edu.config.terminal import printable
@@ -19,15 +18,6 @@ MESSAGE = 2000  # characters of an error that are printed: it may quote a whole 
 CONFIG_HELP = (
     "YAML file of settings, a line `name: value` each; flags beside it win. Example: --config recipes/tiny/sft.yaml"
 )
-
-
-def flag(name: str) -> str:
-    """Return a field's name as it is typed.
-
-    >>> flag("batch_size")
-    '--batch-size'
-    """
-    return f"--{name.replace('_', '-')}"
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
@@ -45,7 +35,7 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
         settings |= read_settings(Path(value), config_class)
     for at, arg in enumerate(args):  # tyro knows None, and no other spelling
         name, _, value = arg.rpartition("=") if arg.startswith("--") else (args[at - 1] if at else "", "", arg)
-        if value.lower() == "none" and any(name == flag(each) and _optional(hints[each]) for each in hints):
+        if value.lower() == "none" and any(name == flag(each) and is_optional(hints[each]) for each in hints):
             args[at] = arg[: -len("none")] + "None"
     # tyro would frame what __post_init__ raises; parsed without it and made again, it stays one plain line.
     config_flag = ("config", Annotated[Path | None, tyro.conf.arg(help=CONFIG_HELP)], None)
@@ -64,47 +54,6 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
 
 def _pass(_: Any) -> None:
     """Check nothing."""
-
-
-@lru_cache
-def type_hints(config_class: type) -> dict[str, Any]:
-    """Return the annotation of each field of a dataclass, bounds included."""
-    hints = get_type_hints(config_class, include_extras=True)
-    return {field.name: hints[field.name] for field in dataclasses.fields(config_class)}
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in get_args(hint)
-
-
-def checked(label: str, hint: Any, value: Any) -> Any:
-    """Return a value as its annotation wants it: text as a path, a list as a tuple, `none` as None; numbers are finite.
-
-    Raises ValueError, which names `label` and the value, where type or bounds are not met.
-
-    >>> checked("--seed", int | None, "NONE"), checked("--out", Path, "runs").name
-    (None, 'runs')
-    >>> checked("--max-steps", int, True)
-    Traceback (most recent call last):
-    ValueError: --max-steps True: must be a valid integer
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    if _optional(hint) and str(value).lower() == "none":
-        return None
-    try:
-        return TypeAdapter(hint).validate_json(json.dumps(value, default=str, allow_nan=False), strict=True)
-    except ValidationError as error:
-        why = error.errors()[0]["msg"].replace("Input should be", "must be").replace("a valid array", "a list")
-    except (ValueError, RecursionError):  # of json.dumps
-        why = "must be finite"
-    raise ValueError(f"{label} {str(value)[:200]}: {why}")
-
-
-def check_fields(config: Any) -> None:
-    """Check each field of a frozen dataclass against its annotation, and give it the annotated type; for __post_init__."""
-    for name, hint in type_hints(type(config)).items():
-        object.__setattr__(config, name, checked(flag(name), hint, getattr(config, name)))
 
 
 def read_settings(path: Path, config_class: type) -> dict[str, Any]:

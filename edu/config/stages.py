@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edu.config.cli import check_fields, flag
+from edu.config.fields import check_fields, flag
 from edu.config.scaling import TUNED_BATCH, TUNED_DEPTH, Sizes, batch_tokens, vocab_size_of
 
 Advantage = Literal["mean", "mean_std", "leave_one_out"]
@@ -223,7 +223,7 @@ class RLConfig(ChatConfig):
     lr_scale: Positive = 0.4
     warmup: Annotated[int, Field(ge=0)] = 5
     decay: Share = 1.0
-    replay: Path | None = Path("recipes/tiny/replay.yaml")
+    replay: Path | None = Path("recipes/tiny/mixture.yaml")
     """SFT conversations mixed into every step, so that what is not rewarded is not forgotten."""
     replay_weight: NonNegative = 0.3
     """Factor on the replay's own loss."""

@@ -44,6 +44,11 @@ class Checkpoint:
     optimizer: dict[str, Any]
     """State of the optimizer and of fp16's gradient scaler."""
 
+    @property
+    def step(self) -> int:
+        """Steps taken before it was written."""
+        return self.trainer["step"]
+
 
 def read(path: Path, device: torch.device | str = "cpu", *, verify: bool = True) -> Checkpoint:
     """Read a checkpoint after comparing all its files with their checksums; Damaged says what is wrong with which file.
@@ -102,7 +107,7 @@ def check(checkpoint: Checkpoint, config: StageConfig, stage: str, environment: 
             f"{path}: a checkpoint of {trainer.get('stage')}, not of {stage}; move it away, or give another --out"
         )
     check_settings(config, trainer.get("settings", {}), path)
-    if trainer["step"] > config.max_steps:
+    if checkpoint.step > config.max_steps:
         raise ValueError(f"{path}: beyond --max-steps {config.max_steps}; give more, or another --out")
     check_made_from(config, trainer.get("made_from", {}))
     precision = environment["mixed_precision"]

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import FSDPModule
 
 from edu.config import metrics
@@ -42,18 +43,6 @@ class Update:
     """The terms of its loss."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics of the data (rewards, lengths) for the step's row; those of a later update of the step win."""
-
-
-class Stream(Protocol):
-    """A position in the data that a checkpoint keeps, as JSON, for each process; torch's `Stateful` protocol."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the last update handed out."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -107,10 +96,10 @@ class Training:
         model: GPT,
         tokenizer: Tokenizer,
         data: Sequence[tuple[str, str]],
-        stream: Stream | None = None,
+        stream: Stateful | None = None,
         hooks: Hooks | None = None,
     ) -> None:
-        """Load the newest checkpoint, if there is one, into model, optimizer and `stream`.
+        """Load the newest checkpoint, if there is one, into model, optimizer and `stream`, which knows its position.
 
         tokenizer is saved beside each checkpoint; data: paths or Hub ids and how much of each is trained on, for the card.
         """
@@ -135,29 +124,26 @@ class Training:
 
     def _resume(self) -> None:
         """Restore the newest checkpoint that the main process can read; the others read the one that it names."""
-        device = self.accelerator.device
+        run, main, device = self.run, self.accelerator.is_main_process, self.accelerator.device
         where = "cpu" if device.type == "cpu" else device  # accelerate may say cpu:0, which torch cannot load to
-        found: Checkpoint | None = None
-        said: list[Any] = [0, None]  # its step, and why it cannot be used
-        if self.accelerator.is_main_process:
-            try:
-                found = checkpoint.read_newest(self.run.folder, where)
-                if found is not None:
-                    checkpoint.check(found, self.config, self.run.stage, describe(self.accelerator))
-                    said[0] = found.trainer["step"]
-            except ValueError as error:
-                said[1] = str(error)
+        found, said = None, list[Any]((0, None))  # its step, and why it cannot be used
+        try:
+            if main and (found := checkpoint.read_newest(run.folder, where)):
+                checkpoint.check(found, self.config, run.stage, describe(self.accelerator))
+                said[0] = found.step
+        except ValueError as error:
+            said[1] = str(error)
         step, fault = broadcast_object_list(said)
         if fault is not None:
             raise ValueError(fault)
         if step and found is None:
-            found = checkpoint.read(self.run.folder / f"checkpoint-{step}", where, verify=False)
+            found = checkpoint.read(run.folder / f"checkpoint-{step}", where, verify=False)
         if found is not None:
             self._restore(found)
-            self.accelerator.print(f"{self.run.stage}: resuming after step {self.step} from {found.path}")
+            self.accelerator.print(f"{run.stage}: resuming after step {step} from {found.path}")
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.run.rewind(self.step)
+        if main:
+            run.rewind(step)
             if found is not None:
                 checkpoint.publish(found.path, self.config.keep)
 

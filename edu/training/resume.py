@@ -1,27 +1,28 @@
 """What a stage's folder says before torch is imported: finished, to be continued, or made from something else."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from edu.config.cli import flag
+from edu.config.fields import flag
 from edu.config.reading import read_json, read_yaml
 from edu.config.stages import StageConfig, as_settings
 
-MEASURED_ON = {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
-"""Settings that say what a stage is measured on, not what it learns from."""
 FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
-FREE_ON_RESUME |= {"push_to_hub", "hub_private", "on_bad_shard"} | MEASURED_ON
-"""Settings that may differ when a run is resumed: how it is saved, split and measured."""
+FREE_ON_RESUME |= {"push_to_hub", "hub_private", "on_bad_shard"}
+FREE_ON_RESUME |= {"identity", "persona", "facts", "eval_samples", "eval_limit", "eval_problems", "sample_prompts"}
+"""Settings that may differ when a run is resumed: how it is saved, split and measured, not what it learns."""
 INPUTS = {
     "data": ("*.parquet", "val/*.parquet"),
     "tokenizer": ("tokenizer.json",),
     "model": ("config.json", "model*.safetensors", "tokenizer.json"),
     "problems": ("*.jsonl",),
 } | dict.fromkeys(("replay", "task", "reward", "persona", "identity", "facts"), ())
-"""Settings that name what a stage is made from, and the files that count where they name a folder."""
+"""Settings that name what a stage is made from or measured on, and the files that count where they name a folder."""
+RENAMED = {"recipes/tiny/replay.yaml": "recipes/tiny/mixture.yaml"}
+"""Values in the settings of earlier versions, and what they are called now."""
 BLOCK, BLOCKS = 1 << 16, 16
 
 
@@ -47,26 +48,21 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def made_from(config: StageConfig) -> dict[str, dict[str, str]]:
-    """Return the fingerprints of all local files that a stage is made from and measured on: setting -> file -> hash."""
-    found = {}
+def made_from(config: StageConfig) -> dict[str, str]:
+    """Return the fingerprints of the local files that a stage is made from and measured on, by flag and file."""
+    found = dict[str, str]()
     for name, patterns in INPUTS.items():
-        if (value := getattr(config, name, None)) is not None:
-            place = Path(str(value).rpartition(":")[0] or value)  # a task or a reward is file.py:name
-            paths = [p for pattern in patterns for p in place.glob(pattern)] if place.is_dir() else [place]
-            # The keys are relative to the folder, which may be called by another name.
-            files = {str(p.relative_to(place) if place.is_dir() else p): p for p in paths} | dict(_sources(place))
-            found[name] = {key: fingerprint(path) for key, path in sorted(files.items()) if path.is_file()}
+        if (value := getattr(config, name, None)) is None:
+            continue
+        place = Path(str(value).rpartition(":")[0] or value)  # a task or a reward is file.py:name
+        paths = [place]
+        if place.is_dir():
+            paths = [p for pattern in patterns for p in place.glob(pattern)]
+        elif place.suffix in (".yaml", ".yml") and place.is_file() and isinstance(entries := read_yaml(place), list):
+            paths += [Path(str(entry["path"])) for entry in entries if isinstance(entry, dict) and entry.get("path")]
+        for path in (path for path in paths if path.is_file()):
+            found[f"{flag(name)} {path.relative_to(place) if place.is_dir() else path}"] = fingerprint(path)
     return found
-
-
-def _sources(mixture: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the local files that a mixture lists, by the names that it gives them."""
-    if mixture.suffix in (".yaml", ".yml") and mixture.is_file():
-        entries = read_yaml(mixture)
-        for entry in entries if isinstance(entries, list) else []:
-            if isinstance(entry, dict) and entry.get("path"):
-                yield str(entry["path"]), Path(str(entry["path"]))
 
 
 def check_settings(config: StageConfig, before: Mapping[str, Any], whose: Path) -> None:
@@ -74,32 +70,28 @@ def check_settings(config: StageConfig, before: Mapping[str, Any], whose: Path) 
     before, now = (
         as_settings(type(config)(out=config.out)) | dict(before),
         as_settings(config),
-    )  # a setting it lacks is newer
+    )  # what it lacks is newer
+    before = {name: RENAMED.get(str(value), value) for name, value in before.items()}
     changed = [name for name in now if name not in FREE_ON_RESUME and before[name] != now[name]]
     if changed:
         what = ", ".join(f"{flag(name)} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise ValueError(f"{whose} holds a run with other settings ({what}): give its own, or another --out")
 
 
-def check_made_from(config: StageConfig, before: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Raise if files that the stage learns from have changed since; return those it is measured on that have."""
-    now, trained, measured = made_from(config), [], []
-    for name in now.keys() & before.keys():
-        # The problems of SFT and its task only measure it.
-        found = (
-            measured
-            if name in MEASURED_ON or (name in ("problems", "task") and not hasattr(config, "reward"))
-            else trained
-        )
-        keys = now[name].keys() | before[name].keys()
-        found += [f"{flag(name)} {key}" for key in sorted(keys) if now[name].get(key) != before[name].get(key)]
-    if trained:
+def check_made_from(config: StageConfig, before: Mapping[str, str]) -> list[str]:
+    """Raise if files that the stage learns from have changed; return those it is measured on that have."""
+    now, known = made_from(config), {key.split()[0] for key in before}
+    changed = sorted(key for key in now | dict(before) if key.split()[0] in known and now.get(key) != before.get(key))
+    # The problems of SFT only measure it.
+    names = FREE_ON_RESUME if hasattr(config, "reward") else FREE_ON_RESUME | {"problems", "task"}
+    measured = [key for key in changed if key.split()[0] in map(flag, names)]
+    if learnt := [key for key in changed if key not in measured]:
         out = quote(str(config.out))
         raise ValueError(
-            f"{config.out} was made from something else: changed since are {', '.join(sorted(trained))}. To make it again: "
+            f"{config.out} was made from something else: changed since are {', '.join(learnt)}. To make it again: "
             f"`mv {out} {out}.old` and the same command, or another --out; to keep it, put the old files back"
         )
-    return sorted(measured)
+    return measured
 
 
 def check_resumable(config: StageConfig) -> None:
@@ -118,10 +110,8 @@ def is_finished(config: StageConfig) -> bool:
     """Return whether this very run is complete: its last output, eval.json, is there. Raises on other settings or inputs."""
     path = config.out / "eval.json"
     check_resumable(config)
-    if not path.is_file():
-        return False
     try:
-        results = read_json(path)
+        results = read_json(path) if path.is_file() else {}
     except ValueError as error:
         print(f"{error}: the stage is measured again")
         return False
