@@ -326,6 +326,13 @@ def test_a_process_resumes_from_the_step_that_the_main_process_names(
     assert asked == ["checkpoint-3"]
 
 
+def test_micro_batches_that_were_split_for_memory_stay_split_after_a_kill(again: StageConfig) -> None:
+    shutil.rmtree(again.out / "checkpoint-4")
+    changed(again, lambda state: state.update(parts=2))
+    run.train(again)
+    assert json.loads((again.out / "checkpoint-4" / "state" / "trainer.json").read_text())["parts"] == 2
+
+
 def modes(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
@@ -381,9 +388,10 @@ def test_a_stage_made_from_something_else_says_what_changed_and_what_to_run(
 def test_a_run_continued_on_another_computer_says_so_first(
     again: StageConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed(again, lambda state: state["environment"].update(torch="1.0", threads=64))
+    changed(again, lambda state: state["environment"].update(torch="1.0", threads=64, fast="unknown"))
     run.train(again)
     said = capsys.readouterr().out
+    assert "made with fast unknown, continued with True" in said
     assert "made with torch 1.0, continued with" in said
     assert "made with threads 64" in said
 

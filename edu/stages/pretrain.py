@@ -27,15 +27,15 @@ from edu.training.step import Term
 NGRAM_TOKENS = 20_000_000
 """The unigram and bigram models beside the result count at most so many of the training tokens."""
 USUAL_MFU = 0.4
-"""What a run's time is estimated with."""
+"""Utilization that a run's time is estimated with."""
 
 
 def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
-    """A fresh model of the configured size, its weights drawn from the seed."""
+    """Return a fresh model of the configured size, its weights drawn from the seed."""
     torch.manual_seed(config.seed)
     given: dict[str, Any] = {
         "bos_token_id": tokenizer.bos,
-        # What ends a generation: a turn; a call, whose output only the caller can give; a document.
+        # A generation ends with a turn; with a call, whose output only the caller can give; with a document.
         "eos_token_id": [tokenizer.assistant_end, tokenizer.python_end, tokenizer.bos],
         "pad_token_id": tokenizer.pad,
     }
@@ -46,7 +46,7 @@ def make_model(config: PretrainConfig, tokenizer: Tokenizer) -> GPT:
 
 
 def rows_per_pass(config: PretrainConfig, world_size: int) -> tuple[int, int]:
-    """Rows of one forward pass on one process, and how many passes make a step."""
+    """Return the rows of one forward pass on one process, and the number of passes that make a step."""
     rows, rest = divmod(config.batch_size, world_size)
     micro = min(config.micro_batch_size, rows)
     if rest or not micro or rows % micro:
@@ -56,14 +56,14 @@ def rows_per_pass(config: PretrainConfig, world_size: int) -> tuple[int, int]:
 
 
 def origin(data: Path) -> str:
-    """Where a folder's shards were downloaded from: a Hub id, or an address; the folder itself where it does not say."""
+    """Return the origin of a folder's shards: a Hub id, or an address; the folder itself where it does not say."""
     name = next((entry["source"] for entry in read_manifest(data).values()), str(data))
     repo, _, rest = name.partition(":")
     return name if rest.startswith("//") else repo
 
 
 def announce(config: PretrainConfig, training: Training) -> dict[str, Any]:
-    """Print what the run is and what it should cost; gives the estimates, for comparison with what it did cost."""
+    """Print the run's size and expected cost; return the estimates, to compare with the cost measured."""
     accelerator, sizes, T = training.accelerator, training.sizes, config.sequence_length
     tokens = config.max_steps * config.batch_size * T
     flops, devices = tokens * sizes.flops_per_token(T), accelerator.num_processes
@@ -107,7 +107,7 @@ class Documents:
 
 
 def train(config: PretrainConfig, hooks: Hooks | None = None) -> Result:
-    """Pretrain, or continue where the folder stands: loss over every next token, bits per byte on the validation split."""
+    """Pretrain, or continue from the newest checkpoint: loss over every next token, bits per byte on the validation split."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = Tokenizer.load(config.tokenizer)
     shards, held_out = list_shards(config.data, "train"), list_shards(config.data, "val")
@@ -126,7 +126,7 @@ def train(config: PretrainConfig, hooks: Hooks | None = None) -> Result:
         yield Update([Term(stream.take(passes))])
 
     def validation(times: int) -> Iterator[Batch]:
-        """So many times the held-out rows of an evaluation."""
+        """Return `times` the held-out rows of an evaluation."""
         count = times * config.eval_batches * config.batch_size // micro
         return validation_batches(held_out, tokenizer, micro, config.sequence_length, count)
 
@@ -138,7 +138,7 @@ def train(config: PretrainConfig, hooks: Hooks | None = None) -> Result:
         return Result(training.step, finished=False)
 
     def measure(model: GPT) -> dict[str, Any]:
-        """Bits per byte on more held-out rows, beside unigrams and bigrams of the same tokens; what it all cost."""
+        """Measure bits per byte on more held-out rows, beside unigrams and bigrams of the same tokens, and the cost."""
         counted = min(tokens, NGRAM_TOKENS)
         seen = (batch for batch, _ in islice(open_shards(), counted // (micro * config.sequence_length)))
         ngrams = ngram_bits_per_byte(seen, validation(20), tokenizer.token_bytes(), tokenizer.vocab_size)

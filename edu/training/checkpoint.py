@@ -116,9 +116,8 @@ def check(checkpoint: Checkpoint, config: StageConfig, stage: str, environment: 
     for name in ("device", "threads", "torch", "fast"):
         was, now = (str(found.get(name)).partition(":")[0] for found in (before, environment))
         if name in before and was != now:
-            print(
-                f"{path}: made with {name} {was}, continued with {now}: the last bits of results may differ", flush=True
-            )
+            said = f"{path}: made with {name} {was}, continued with {now}: the last bits of results may differ"
+            print(said + ("; EDU_FAST=1 or 0 chooses" if name == "fast" else ""), flush=True)
 
 
 def write(target: Path, fill: Callable[[Path], None]) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of every stage. A stage brings the rows of each step and its own evaluation; the rest is here."""
+"""Training loop of every stage: a stage brings the data of each update and its own evaluation."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from edu.config.stages import StageConfig, as_settings
 from edu.config.terminal import progress
 from edu.data.atomic_io import write_text
 from edu.data.tokenizer import Tokenizer
+from edu.model import fast_path
 from edu.model.gpt import GPT
 from edu.training import checkpoint
 from edu.training.accelerator import StopSignals, describe, peak_flops
@@ -47,7 +48,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model card is written from."""
+    """State of a run that a model card is written from."""
 
     stage: str
     step: int
@@ -62,7 +63,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller of a stage adds to it. The loop knows neither evaluation nor the Hub."""
+    """Additions of a stage's caller: the loop knows neither evaluation nor the Hub."""
 
     measure: Callable[[GPT, Tokenizer], Mapping[str, Any]] = lambda *_: {}
     """Measure the finished model, on the main process; the results go to eval.json."""
@@ -72,19 +73,19 @@ class Hooks:
 
 @dataclass(frozen=True)
 class Result:
-    """Where a stage ended."""
+    """End of a stage."""
 
     step: int
     finished: bool
     """False if a signal ended it before its last step."""
     results: dict[str, Any] = field(default_factory=dict)
-    """What eval.json holds, on the main process of a finished stage."""
+    """Content of eval.json, on the main process of a finished stage."""
 
 
 Updates = Callable[[int], Iterable[Update]]
 """Yield the updates of a step: one, or several on the same rollouts in RL. Each is made after the one before was applied."""
 Evaluate = Callable[[int, GPT], Mapping[str, float]]
-"""Figures of the model after a step, on the main process alone."""
+"""Return metrics of the model after a step, on the main process alone."""
 
 
 class Training:
@@ -104,6 +105,7 @@ class Training:
         tokenizer is saved beside each checkpoint; data: paths or Hub ids and how much of each is trained on, for the card.
         """
         self.run, self.config, self.accelerator, self.tokenizer = run, run.config, run.accelerator, tokenizer
+        self.environment = describe(run.accelerator) | {"fast": fast_path.is_on()}
         self.data, self.stream, self.hooks = data, stream, hooks or Hooks()
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
@@ -129,7 +131,7 @@ class Training:
         found, said = None, list[Any]((0, None))  # its step, and why it cannot be used
         try:
             if main and (found := checkpoint.read_newest(run.folder, where)):
-                checkpoint.check(found, self.config, run.stage, describe(self.accelerator))
+                checkpoint.check(found, self.config, run.stage, self.environment)
                 said[0] = found.step
         except ValueError as error:
             said[1] = str(error)
@@ -176,7 +178,7 @@ class Training:
                 "parts": self.parts,
                 "settings": as_settings(self.config),
                 "made_from": self.inputs,
-                "environment": describe(self.accelerator),
+                "environment": self.environment,
                 "data": positions,
             }
 
@@ -196,11 +198,11 @@ class Training:
         self.saved = self.step
 
     def summary(self, figures: Mapping[str, Any]) -> Summary:
-        """Return what a card of this step is written from."""
+        """Return the state of this step for the model card."""
         return Summary(self.run.stage, self.step, as_settings(self.config), self.data, self.run.rows(), figures)
 
     def fit(self, updates: Updates, evaluate: Evaluate, name: str) -> bool:
-        """Train to the last step; False if a signal ended it before. Whatever else ends it lets go of the folder."""
+        """Train to the last step; return False if a signal ended it before. Any other end lets go of the folder."""
         try:
             finished = self._fit(updates, evaluate, name)
         except BaseException:
@@ -213,28 +215,31 @@ class Training:
         return finished
 
     def _fit(self, updates: Updates, evaluate: Evaluate, name: str) -> bool:
-        """The loop.
+        """Run the loop.
 
         1. Save where it is due, where an evaluation follows, which may fail, and where a signal asks to leave.
         2. Evaluate where it is due, before the first step too. A signal breaks it off.
-        3. One step on the next data, one line of metrics.
+        3. Make one step: the learning rate, the updates on the next data, one line of metrics.
         """
-        config, run = self.config, self.run
-        trained_seconds, quiet = run.seconds(), not self.accelerator.is_main_process
+        config, run, quiet = self.config, self.run, not self.accelerator.is_main_process
+        trained_seconds = run.seconds()
         with StopSignals() as stopped, progress(config.max_steps, name, done=self.step, quiet=quiet) as bar:
             while True:
+                # 1. Steps are counted when they are done: at step n the model has made n of them.
                 last = self.step == config.max_steps
                 evaluating, leaving = self.step % config.eval_every == 0 or last, self._any(stopped)
                 if self.step > self.saved and (self.step % config.save_every == 0 or evaluating or leaving):
                     self.save()
+                # 2. All processes leave together, or a collective operation would wait for one that has gone.
                 if evaluating and not leaving:
-                    self._evaluate(evaluate, name, stopped)  # the checkpoint has just been written
+                    self._evaluate(evaluate, name, stopped)
                     leaving = self._any(stopped)
                 if leaving:
                     self.accelerator.print(f"stopped after step {self.step}; the same command continues")
                     return False
                 if last:
                     return True
+                # 3. The data are made inside the loop over updates: RL samples with the weights of this moment.
                 started = time.perf_counter()
                 factor = lr_factor(self.step, config.max_steps, config.warmup, config.decay)
                 self.optimizer.optimizer.set_lr(factor)
@@ -242,32 +247,36 @@ class Training:
                 for update in updates(self.step):
                     results.append(self._update(update.terms))
                     measured |= update.metrics
-                result = results[-1]
                 seconds = time.perf_counter() - started
-                self.step += 1
-                self.tokens += result.tokens
-                if not math.isfinite(sum(result.losses)):
-                    raise ValueError(
-                        f"step {self.step}: the loss is {result.losses[0]}; the last checkpoint is of step {self.saved}. "
-                        f"Lower --lr-scale ({config.lr_scale}) and give another --out"
-                    )
                 trained_seconds += seconds
-                flops = sum(result.positions for result in results) * self.sizes.flops_per_token(self.row_length)
-                figures = {
-                    metrics.LOSS: result.losses[0],
-                    metrics.GRAD_NORM: result.grad_norm,
-                    metrics.LEARNING_RATE: self.optimizer.param_groups[0]["lr"],
-                    metrics.TOKENS_PER_SECOND: result.tokens / seconds,
-                    metrics.MFU: flops / seconds / (self.peak * self.accelerator.num_processes),
-                    metrics.SECONDS: trained_seconds,
-                }
-                counts = {metrics.STEP_TOKENS: result.tokens, metrics.TOKENS: self.tokens}
-                run.log(self.step, figures | counts | measured)
-                telling = metrics.REWARD if metrics.REWARD in measured else metrics.LOSS
-                bar.advance(1, tokens=result.tokens, **{telling: (figures | measured)[telling]})
+                self.step += 1
+                self.tokens += results[-1].tokens
+                if not math.isfinite(sum(results[-1].losses)):
+                    raise ValueError(
+                        f"step {self.step}: the loss is {results[-1].losses[0]}; the last checkpoint is of step "
+                        f"{self.saved}. Lower --lr-scale ({config.lr_scale}) and give another --out"
+                    )
+                row = self._metrics(results, seconds) | {metrics.SECONDS: trained_seconds} | measured
+                run.log(self.step, row)
+                shown = metrics.REWARD if metrics.REWARD in row else metrics.LOSS
+                bar.advance(1, tokens=results[-1].tokens, **{shown: row[shown]})
+
+    def _metrics(self, results: Sequence[StepResult], seconds: float) -> dict[str, float]:
+        """Return the metrics of a step from those of its updates; the last one counts where they cannot be added up."""
+        last = results[-1]
+        flops = sum(result.positions for result in results) * self.sizes.flops_per_token(self.row_length)
+        return {
+            metrics.LOSS: last.losses[0],
+            metrics.GRAD_NORM: last.grad_norm,
+            metrics.LEARNING_RATE: self.optimizer.param_groups[0]["lr"],
+            metrics.TOKENS_PER_SECOND: last.tokens / seconds,
+            metrics.MFU: flops / seconds / (self.peak * self.accelerator.num_processes),
+            metrics.STEP_TOKENS: last.tokens,
+            metrics.TOKENS: self.tokens,
+        }
 
     def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
-        """Figures of the main process; a signal breaks them off, but never what all processes do together."""
+        """Log the main process's metrics. A signal breaks the evaluation off, but never what all processes do together."""
         with generating(self.accelerator, self.model) as model, stopped.breaking_off():
             figures = evaluate(self.step, model) if self.accelerator.is_main_process else {}
             self.run.log(self.step, figures)
@@ -329,7 +338,7 @@ class Training:
             self.accelerator.print(f"out of memory: each micro-batch in {self.parts} parts, the update stays the same")
 
     def _any(self, stopped: StopSignals) -> bool:
-        """Whether any process was told to stop, so that all leave together."""
+        """Return whether any process was told to stop, so that all leave together."""
         if self.accelerator.num_processes == 1:
             return bool(stopped)
         return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
@@ -337,7 +346,7 @@ class Training:
 
 @contextmanager
 def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
-    """The plain model in eval mode, for the Engine; training mode again afterwards. All processes must enter together.
+    """Yield the plain model in eval mode, for the Engine; training mode again afterwards. All processes enter together.
 
     Of a sharded model, a whole copy on every process, in the precision that it is trained in.
     """
@@ -357,13 +366,13 @@ def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
 
 
 def optimizer_settings(config: StageConfig) -> dict[str, float]:
-    """What make_optimizer takes, from a stage's settings."""
+    """Return the arguments of make_optimizer from a stage's settings."""
     rates = {name: getattr(config, name) * config.lr_scale for name in ("matrix_lr", "embedding_lr", "head_lr")}
     return rates | {"weight_decay": config.weight_decay}
 
 
 def split_rows(rows: Sequence[R], micro_batch_size: int, accelerator: Accelerator) -> list[list[R]]:
-    """This process's micro-batches of a step's rows: row i goes to process i mod world.
+    """Return this process's micro-batches of a step's rows: row i goes to process i mod world.
 
     Every process gets as many micro-batches, the last ones short or empty: a collective step waits for all.
     """
