@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,11 +141,25 @@ def test_a_card_says_what_made_the_model_how_it_went_how_good_it_is_and_how_to_u
         "| step | reward |\n| --- | --- |\n| 2 | 0.075 |",
         "| 20 | 0.975 |\n| curve | ▁▂▃▃▄▅▆▆▇█ |",
         "parameters in 2 layers",
-        "## Limits",
+        "## Limitations",
     ):
         assert words in card.text
     for words in ("trust_remote_code", str(checkpoint.parent), "empty", "| loss"):
         assert words not in card.text
+
+
+def test_nothing_in_a_card_is_markup_but_its_own(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>\x1b[2J\x9b [x](javascript:a) a|b"
+    write_card(
+        tmp_path, Card("sft", 1, {"sample_prompts": [evil], evil: evil}, [(evil, evil)], [], {evil: {evil: 0.5}})
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert "&lt;script&gt;" in text
+    assert "<script" not in text
+    assert "[x](" not in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    tables = [line for line in text.splitlines() if line.startswith("| ")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} == {3}
 
 
 def test_a_card_of_a_base_model_shows_text_not_chat_and_needs_no_figures(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -13,6 +12,7 @@ from edu.config.metrics import BPB, LOSS, PASS_AT_1, REWARD, STEP, VAL_LOSS
 from edu.data.atomic_io import write_text
 from edu.data.hub_files import EVAL_RESULTS, HUGGING_FACE_FILES, check_token, hub_errors, is_hub_id
 from edu.evaluation.estimates import estimates, is_detail
+from edu.evaluation.rendering import render
 
 _HERE = "path/to/this/folder"  # stands for the model's name in a card that is not pushed
 _WORDS = {
@@ -21,27 +21,13 @@ _WORDS = {
     "imported": "trained by nanochat; its logits are unchanged",
     "rl": "pretrained, fine-tuned on conversations, then trained by reinforcement learning on problems with checkable answers",
 }
-_USE_CHAT = """\
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="{model}")
-messages = [{{"role": "user", "content": "Who are you?"}}]
-print(chat(messages, max_new_tokens=64)[0]["generated_text"][-1]["content"])"""
-_USE_TEXT = """\
-from transformers import pipeline
-
-write = pipeline("text-generation", model="{model}")
-print(write("The sky is", max_new_tokens=32)[0]["generated_text"])"""
-_LIMITS = """\
-A small model made for learning how such models are made. It knows little, states falsehoods with confidence, and was not
-trained for safety: do not rely on its answers, and do not put it before users who would."""
 _NO_RECIPE = ("out", "keep", "save_every", "log_with", "push_to_hub", "hub_private")  # settings that change no result
 _COURSE = (REWARD, PASS_AT_1, LOSS, VAL_LOSS, BPB)
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card is written from."""
+    """Content of a model card."""
 
     stage: str = "base"
     """base, sft, rl, or imported."""
@@ -57,11 +43,11 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `README.md` into a checkpoint's folder, and what was measured on a benchmark of the Hub in the Hub's form; offline."""
+    """Write `README.md` into a checkpoint's folder, and results on a benchmark of the Hub in the Hub's form; offline."""
     from huggingface_hub import ModelCard, ModelCardData
 
     start = str(card.settings.get("model", ""))
-    head = ModelCardData(
+    metadata = ModelCardData(
         language="en",
         license="mit",
         library_name="transformers",
@@ -70,38 +56,30 @@ def write_card(folder: Path, card: Card) -> None:
         datasets=list(dict.fromkeys(name for name, _ in card.data if is_hub_id(name))) or None,
         base_model=start if is_hub_id(start) else None,
     )
-    use = (_USE_TEXT if card.stage == "base" else _USE_CHAT).format(model=_HERE)
-    at = "" if card.step is None else f", after step {card.step:,} of this stage"
-    recipe = {name: value for name, value in card.settings.items() if value is not None and name not in _NO_RECIPE}
-    figures = [(path, estimate) for path, estimate in estimates(card.figures) if len(path) > 1 and not is_detail(path)]
-    parts = [
-        f"# edu-chat {card.stage}",
-        f"A small language model, {_WORDS[card.stage]}{at}. {_sizes(folder)}Its architecture is transformers' own `nanochat`.",
-        f"## Use\n\nPlain transformers, no remote code:\n\n```python\n{use}\n```",
-        *_section("Data", "", ["trained on", "how much"], [[_public(name), used] for name, used in card.data]),
-        *_section("Recipe", "", ["setting", "value"], [[name, _public(value)] for name, value in recipe.items()]),
-        *_section("Course of training", "A value is the mean of those since the row above.", *_course(card.course)),
-        *_section(
-            "Evaluation",
-            "Square brackets hold 95% intervals, n is the number of examples.",
-            ["figure", "value"],
-            [[" / ".join(path), str(estimate)] for path, estimate in figures],
-        ),
-        f"## Limits\n\n{_LIMITS}",
+    data = [[_public(name), used] for name, used in card.data]
+    recipe = [[name, _public(value)] for name, value in card.settings.items() if value is not None]
+    figures = [
+        [" / ".join(path), each] for path, each in estimates(card.figures) if len(path) > 1 and not is_detail(path)
     ]
-    write_text(folder / "README.md", str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")))
+    intervals = "Square brackets hold 95% intervals, n is the number of examples."
+    tables = [
+        ("Data", "", ["trained on", "how much"], data),
+        ("Recipe", "", ["setting", "value"], [row for row in recipe if row[0] not in _NO_RECIPE]),
+        ("Course of training", "Each value is the mean since the row above.", *_course(card.course)),
+        ("Evaluation", intervals, ["metric", "value"], figures),
+    ]
+    values = {
+        "metadata": metadata.to_yaml(),
+        "model": _HERE,
+        "description": _WORDS[card.stage],
+        "sizes": _sizes(folder),
+    }
+    write_text(folder / "README.md", str(ModelCard(render("card.md.jinja", card=card, tables=tables, **values))))
     _write_eval_results(folder / EVAL_RESULTS, card)
 
 
-def _section(title: str, note: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A titled table in Markdown; [] where it has no rows."""
-    lines = [header, ["---"] * len(header), *([re.sub(r"\|", r"\\|", cell) for cell in row] for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |".replace("\n", " ") for line in lines)
-    return ["\n\n".join(part for part in (f"## {title}", note, table) if part)] if rows else []
-
-
 def _sizes(folder: Path) -> str:
-    """How large the model in a folder is, as a sentence; "" before there is one."""
+    """Describe how large the model in a folder is; "" before there is one."""
     from safetensors import safe_open
 
     if not (folder / "config.json").is_file():
@@ -111,13 +89,13 @@ def _sizes(folder: Path) -> str:
         with safe_open(path, "numpy") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
     return (
-        f"It has {count:,} parameters in {config['num_hidden_layers']} layers of {config['hidden_size']:,} channels, "
-        f"a vocabulary of {config['vocab_size']:,} tokens and a context of {config['max_position_embeddings']:,}. "
+        f"{count:,} parameters in {config['num_hidden_layers']} layers of {config['hidden_size']:,} channels, "
+        f"a vocabulary of {config['vocab_size']:,} tokens and a context of {config['max_position_embeddings']:,}"
     )
 
 
 def _public(value: object) -> str:
-    """A setting as text; of a path on this machine its last part only.
+    """Return a setting as text; of a path on this machine its last part only.
 
     >>> _public("/data/mine/chats.jsonl"), _public([0.5, "x"])
     ('chats.jsonl', '[0.5, "x"]')
@@ -128,7 +106,7 @@ def _public(value: object) -> str:
 
 
 def _course(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of a table of the metrics over the steps: first step, ten spans, each by its last step, curves.
+    """Return header and lines of a table of the metrics over the steps: first step, ten spans, each by its last step, curves.
 
     >>> _course([{"step": 0, "bpb": 4}, {"step": 1, "loss": 6}, {"step": 2, "loss": 5, "bpb": 3}])[1]
     [['0', '', '4'], ['1', '6', ''], ['2', '5', '3'], ['curve', '█▁', '█▁']]
@@ -149,14 +127,14 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str
 
 
 def _curve(values: Sequence[float]) -> str:
-    """The values as bars, from the least to the greatest of them: `▁▂▃▄▅▆▇█`."""
+    """Draw the values as bars, from the least to the greatest of them: `▁▂▃▄▅▆▇█`."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0), max(finite, default=0)
     return "".join("▁▂▃▄▅▆▇█"[round(7 * (value - low) / ((high - low) or 1))] for value in finite)
 
 
 def _write_eval_results(path: Path, card: Card) -> None:
-    """GSM8K's accuracy for the model's page and the benchmark's own; only where its whole test split was measured."""
+    """Write GSM8K's accuracy for the model's page and the benchmark's own; only where its whole test split was measured."""
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from yaml import safe_dump
 
