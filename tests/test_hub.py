@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import certifi
 import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -285,6 +286,40 @@ def test_a_push_that_fails_says_why_changes_nothing_and_can_be_done_again(
     push(checkpoint, "me/tiny")
     assert set(here.files("models/me/tiny")) >= PUSHED
     assert contents(checkpoint) == before
+
+
+LOADING = "from edu.data.hub_files import model_folder; model_folder('me/never')"
+ROWS = "from edu.data.rows import hub_rows; list(hub_rows('me/never', None, 'train'))"
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "words"),
+    [
+        (LOADING, {"HF_HUB_OFFLINE": "1"}, ["--model me/never", "HF_HUB_OFFLINE is set", "unset it"]),
+        (ROWS, {"HF_HUB_OFFLINE": "1"}, ["me/never", "HF_HUB_OFFLINE is set", "unset it"]),
+        (LOADING, {"HF_ENDPOINT": "ftp://127.0.0.1:9"}, ["--model me/never", "HF_ENDPOINT"]),
+        (
+            "push",
+            {"HF_ENDPOINT": "127.0.0.1:9", "HF_TOKEN": "x"},
+            ["--repo me/tiny", "HF_ENDPOINT (https://127.0.0.1:9)"],
+        ),
+        ("push", {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "x"}, ["HF_HUB_OFFLINE is set", "unset it"]),
+        ("push", {"HF_TOKEN": ""}, ["hf auth login"]),
+        ("push", {"HF_TOKEN": "hf_wrong"}, ["--repo me/tiny: the Hub answered 401", "HF_TOKEN"]),
+    ],
+)
+def test_an_environment_in_which_the_hub_cannot_be_reached_is_one_line_with_the_cure(
+    hub: Hub, checkpoint: Path, tmp_path: Path, code: str, environment: dict[str, str], words: list[str]
+) -> None:
+    script = f"from edu.config.cli import run_script\ndef main():\n    {code}\nrun_script(main)"
+    command = [*PUSH, str(checkpoint), "--repo", "me/tiny"] if code == "push" else ["-c", script]
+    done = run(hub, tmp_path, *command, **{"SSL_CERT_FILE": certifi.where(), **environment})
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert all(word in last for word in words), last
+    assert "SSL_CERT_FILE" not in last
+    assert "Traceback" not in done.stderr
 
 
 def test_a_push_through_xet_that_fails_says_why_too(

@@ -47,12 +47,13 @@ def settings_fault(error: BaseException | None) -> str:
     certificates, proxy = os.environ.get("SSL_CERT_FILE", ""), _proxy_of(getattr(error, "_request", None))
     if "ImportError" in kinds and "socks" in text.lower():
         return "a SOCKS proxy is set (ALL_PROXY or another): run `pip install 'httpx2[socks]'`, or unset it"
-    if "OfflineModeIsEnabled" in kinds:
+    if "OfflineModeIsEnabled" in f"{kinds} {text}":
         return "HF_HUB_OFFLINE is set, so nothing is fetched from the Hub: unset it"
     if "CERTIFICATE_VERIFY_FAILED" in text:
         reason = text.partition("verify failed: ")[2].partition(" (_ssl")[0]
         return f"the certificate is not trusted ({reason}): {_CERTIFICATE}"
-    if certificates and ("SSLError" in kinds or (isinstance(error, FileNotFoundError) and error.filename is None)):
+    unnamed = isinstance(error, FileNotFoundError) and error.errno and not error.filename  # as ssl raises it
+    if certificates and ("SSLError" in kinds or unnamed):
         return f"SSL_CERT_FILE={certificates} is no file of certificates: {_CERTIFICATE}"
     if "for proxy URL" in text or ("InvalidURL" in kinds and getproxies().keys() - {"no"}):
         return f"{_PROXIES} is not the URL of a proxy, such as http://host:3128: correct it, or unset it"

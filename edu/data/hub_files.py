@@ -1,11 +1,13 @@
 """Checkpoints by folder or Hub id: the files one consists of, its download, and the Hub's errors as one line. No torch."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from edu.config.network import public_url
 from edu.config.reading import read_json
 
 EVAL_RESULTS = ".eval_results/gsm8k.yaml"
@@ -41,6 +43,7 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
     `what` names the flag and its value, `may` what the token has to allow: read or write.
     """
     from httpx2 import TransportError
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
@@ -61,7 +64,8 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
         raise ConnectionError(f"{said}; try again later") from error
     except (TransportError, RuntimeError, ConnectionError) as error:  # the last two: a file's upload failed for good
         why = " ".join(f"{error} {error.__cause__}".split()) if isinstance(error, RuntimeError) else error
-        raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later") from error
+        other = f", or correct HF_ENDPOINT ({public_url(constants.ENDPOINT)})" if os.environ.get("HF_ENDPOINT") else ""
+        raise ConnectionError(f"{what}: the connection to the Hub failed ({why}); try again later{other}") from error
 
 
 def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Path:
