@@ -18,7 +18,7 @@ from edu.data.rows import read_rows
 from edu.data.tokenizer import Tokenizer
 from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, score
 from edu.tasks.choice import Choice
-from edu.tasks.gsm8k import GSM8K, extract_answer, normalise
+from edu.tasks.gsm8k import GSM8K, extract_answer, normalize
 from edu.tasks.mixture import Mixture
 
 SOLUTION = "Half of 48 is 48/2=<<48/2=24>>24 clips.\nTogether 48+24=<<48+24=72>>72 clips.\n#### 72"
@@ -57,11 +57,11 @@ RIGHT_10 = "|".join(
 WRONG_10 = "|".join(
     (
         "|10|#### |####|###10|### 10|##### 10|###### 10|#10|# # # # 10|## ## 10|#### ten|#### ten?|#### ten 10|#### Ten|#### x10|#### =10|#### = 10|#### about 10|#### ~10|#### >10|#### ≈10",
-        "#### -10|#### - 10|#### -$10|#### $-10|#### --10|#### +-10|#### -+10|#### −10|#### (10)|#### [10]|#### {10}|#### \"10\"|#### '10'|#### *10*|#### **10**|#### `10`|#### \\boxed{10}|#### #10",
+        "#### -10|#### - 10|#### -$10|#### $-10|#### --10|#### +-10|#### -+10|#### −10|#### (10)|#### [10]|#### {10}|#### \"10\"|#### '10'|#### \\boxed{10}|#### #10",
         "#### 100|#### 1000|#### 1|#### 0|#### 11|#### 9|#### 10.1|#### 10.01|#### 10.000000000001|#### 9.999999999999|#### 9.9999999999999999999999|#### .10|#### 0.10|#### 1.0|#### 01|#### 1 0|#### 1,0|#### 1_0",
         "#### 10 11|#### 10, 11|#### 10,11|#### 10 or 11|#### 10 or 12|#### 9 10|#### 9 or 10|#### 10 12 14|#### 10/11|#### 10/1|#### 20/2|#### 5*2|#### 5+5|#### 2x5|#### 10-0|#### 10+0|#### 10^1|#### 10**1|#### 10:00|#### 10.0.0|#### 10..0|#### 10.5.|#### 10 dollars and 50 cents",
         "#### 10e0|#### 1e1|#### 1E1|#### 10E0|#### 0xA|#### 0b1010|#### 0o12|#### 10 <<5*2=|#### 10k1|#### 10k|#### 10 k|#### 10K|#### 10 thousand|#### 10 million|#### 10 hundred|#### 10 dozen|#### 10 Billion|#### 10,000|#### 10,00|#### 10,0|#### 1,0.0",
-        "#### १०|#### ١٠|#### １０|#### 1０|#### 10０|#### 10½|#### 10²|#### ⑩|#### Ⅹ|#### 10٠|#### 十|#### 1\x000|#### 1\u200b0|#### \u200b10|#### \x0010|#### \u00a010|＃＃＃＃ 10|####\n10|####\n\n10|####\r\n10|####:10|####: 10|####-10|#### nan|#### inf|#### -inf|#### None|#### True|#### 10\u202811",
+        "#### १०|#### ١٠|#### 10０|#### 10½|#### 10²|#### ⑩|#### Ⅹ|#### 10٠|#### 十|#### 1\x000|#### 1\u200b0|#### \u200b10|#### \x0010|＃＃＃＃ 10|####\n10|####\n\n10|####\r\n10|####:10|####: 10|####-10|#### nan|#### inf|#### -inf|#### None|#### True|#### 10\u202811",
         "#### 10\n#### 11|#### 10 #### 11|#### 10\n####|#### 10\n#### |#### 10\n#### ten|#### 10\n#### no|#### 10 ####|#### 10\n#### 5 or 10|#### 10\n#### -10|#### 10#### 9",
         "#### 8\n#### 9\n#### 10|#### 10\n#### 10\n#### 10|#### 8 #### 9 #### 10|####\n####\n#### 10|#### #### #### 10|#### 10\n#### 10\n#### 10\n#### 10",
         "10\n10\n10|The answer is 10.|answer: 10|A: 10|\\boxed{10}|<answer>10</answer>|<<5*2=10>>10|<<5*2=10>>|##\n## 10|# ### 10|#\u200b### 10",
@@ -93,11 +93,48 @@ OTHER_TRUTHS = [
     ("12345678901234567890", "#### 12,345,678,901,234,567,890.0", 1), ("0.1", "#### 0.1000000000000000055511151231257827", 0),
 ]  # fmt: skip
 
+# Numbers as people type them. For a ground truth of 5, all these are right ...
+RIGHT_5 = (
+    "|".join(
+        (
+            "#### **5**|#### *5*|#### __5__|#### _5_|#### `5`|####**5**|**####** 5|#### **5** apples|#### **5 apples**|#### **$5**|#### $**5**|#### **5.0**|#### **5.**|#### ***5***|#### ``5``|**#### 5**",
+            "#### ５|#### ５.０|#### ０５|#### ５．０|#### ＋５|#### $５|#### ５ apples|#### **５**|####\u00a05|#### \u00a05|####\u202f5|####\u20095|####\u30005|#### 5\u00a0apples|#### 5\u00a0|#### $\u00a05|#### 5\u202f€",
+            "#### ¥5|#### ₹5|#### ₩5|#### ₽5|#### ₺5|#### ₫5|#### ₿5|#### ¢5|#### 5¢|#### 5 ₹|#### 5₽|#### US$5|#### US$ 5|#### A$5|#### C$5|#### R$5|#### NZ$5|#### HK$5|#### CA$5.00|#### AU$5|#### S$5|#### \\$5|#### USD 5|#### EUR 5.00|#### GBP5|#### Rs 5|#### Rs. 5|#### INR 5|#### CHF 5|#### JPY 5|#### 5 USD|#### 5 EUR|#### 5 Rs|#### ＄5|#### £ 5|#### €\u00a05",
+            "#### 5 m|#### 5m|#### 5 mm|#### 5 ml|#### 5 min|#### 5 minutes|#### 5 miles|#### 5 men|#### 5 mice|#### 5 kg|#### 5kg|#### 5 km|#### 5 kids|#### 5 KB|#### 5MB|#### 5 GB|#### 5 bananas|#### 5 bottles|#### 5 boxes|#### 5 B-flats|#### 5 T-shirts|#### 5 tons|#### 5 trips|#### 5 thanks",
+            "#### 5 quarters|#### 5 third graders|#### 5 and done|#### 5 apples and pears|#### 5 apples and a pear|#### 5 dozers|#### 5 Mondays|#### 5 bills|#### 5 milkshakes|#### 5 grandparents|#### 5 billboards|#### 5 thousandaires|#### 5 hundredweight",
+        )
+    )
+    .replace("#### 5 million|", "")
+    .split("|")
+)
+# ... and these, which scale the number or hold another one, are wrong.
+WRONG_5 = "|".join(
+    (
+        "#### 5 mil|#### 5mil|#### 5 Mil|#### 5 mil.|#### 5M|#### 5 M|#### $5M|#### 5M$|#### 5 M dollars|#### 5MM|#### 5 mln|#### 5 mn|#### 5Mio|#### 5 Mio.|#### 5 million|#### 5million|#### 5-million|#### 5–million|#### 5 - million|#### 5\u00a0million|#### 5\u202fmillion|#### 5\tmillion|#### 5  million|#### 5 MILLION|#### 5 millions|#### 5 million dollars|#### **5** million|#### **5 million**|#### 5_million|#### 5 whole million|#### 5 (million)|#### 5 or so million",
+        "#### 5 bn|#### 5bn|#### 5 BN|#### 5B|#### 5 B|#### 5 bil|#### 5 billion|#### 5-billion|#### 5 Mrd|#### 5 mrd.|#### 5T|#### 5 T|#### 5 tn|#### 5trn|#### 5 tril|#### 5 trillion|#### 5 k|#### 5k|#### 5K|#### 5-k|#### 5 K dollars|#### 5 grand|#### 5 thousand|#### 5-thousand|#### 5 thousands|#### 5 in thousands|#### 5 (in thousands)|#### 5 hundred|#### 5 hundreds|#### 5-hundred|#### 5 dozen|#### 5 dozens|#### 5-dozen|#### 5 lakh|#### 5 lakhs|#### 5 crore|#### 5 hundredths|#### 5 thousandths|#### 5 tenths|#### 5万|#### 5億|#### 5百",
+        "#### 5 and a half|#### 5 and half|#### 5 & ½|#### 5½|#### 5 ½|#### 5 and one half|#### 5 and a quarter|#### 5 and three quarters|#### 5 and two thirds|#### 5 and a third|#### 5 plus a half|#### 5 dollars and a half|#### 5 and a half dollars|#### **5** and a half|#### 5 half|#### 5 halves|#### 5 thirds|#### 5 fifths|#### 5 1/2|#### 5⅓|#### 5 ¼|#### 5 and 1/2",
+        "#### −5|####−5|#### －5|#### ﹣5|#### –5|#### ‑5|#### −$5|#### $−5|#### **−5**|#### −５|#### 5０|#### ５０|#### 5 ５|#### ５ or ６|#### **5** 6|#### **5** or **6**|#### 5\u00a06|#### **|#### ** **|#### $|#### US$|#### USD|#### ５５|#### 0.５|#### ．5",
+    )
+).split("|")
+MORE_TRUTHS = [
+    ("-5", "#### −5", 1), ("-5", "####−5", 1), ("-5", "#### －５", 1), ("-5", "#### ﹣5", 1), ("-5", "#### –5", 1), ("-5", "#### ‑5", 1),
+    ("-5", "#### −$5", 1), ("-5", "#### $−5", 1), ("-5", "#### **−5**", 1), ("-5", "#### −\u00a05", 1), ("-5", "#### −5.0", 1), ("-5", "#### −−5", 0),
+    ("-5", "#### -−5", 0), ("-5", "#### −5 million", 0), ("-5", "#### +−5", 0), ("-5", "#### —5", 0),
+    ("1000", "#### 1\u00a0000", 1), ("1000", "#### 1\u202f000", 1), ("1000", "#### 1\u2009000", 1), ("1000", "#### １,０００", 1), ("1000", "#### １，０００", 1),
+    ("1000", "#### **1,000**", 1), ("1000", "#### ₹1,000", 1), ("1000", "#### 1\u00a0000 dollars", 1), ("1000", "#### 1\u00a000", 0), ("1000", "#### 1\u00a00000", 0),
+    ("1000000", "#### 1\u00a0000\u00a0000", 1), ("1000000", "#### 1 million", 0), ("1000000", "#### 1M", 0), ("1000000", "#### 1,000,000", 1),
+    ("5000000", "#### 5 million", 0), ("5000000", "#### 5M", 0), ("5000", "#### 5k", 0), ("60", "#### 5 dozen", 0), ("0.5", "#### ０.５", 1), ("0.5", "#### **.5**", 1),
+    ("2.5", "#### 2 and a half", 0), ("2.5", "#### ２．５", 1), ("50000", "#### 5万", 0), ("5.5", "#### 5 and a half", 0),
+]  # fmt: skip
+
 
 ADVERSARIAL = [
     *[("10", text, 1.0) for text in RIGHT_10],
     *[("10", text, 0.0) for text in [*WRONG_10, *MANY, *HUGE]],
-    *[(truth, text, float(expected)) for truth, text, expected in OTHER_TRUTHS],
+    *[("10", text, 1.0) for text in ("#### **10**", "#### *10*", "#### `10`", "#### １０", "#### 1０", "####\u00a010")],
+    *[("5", text, 1.0) for text in RIGHT_5],
+    *[("5", text, 0.0) for text in WRONG_5],
+    *[(truth, text, float(expected)) for truth, text, expected in OTHER_TRUTHS + MORE_TRUTHS],
 ]
 
 
@@ -116,8 +153,8 @@ def test_reward_compares_values_and_nothing_else(task: GSM8K, truth: str, comple
     assert task.reward({"answer": truth}, completion) == expected
 
 
-def test_the_table_holds_200_different_completions() -> None:
-    assert len({(truth, text) for truth, text, _ in ADVERSARIAL}) == len(ADVERSARIAL) >= 200
+def test_the_table_holds_500_different_completions() -> None:
+    assert len({(truth, text) for truth, text, _ in ADVERSARIAL}) == len(ADVERSARIAL) >= 500
 
 
 def test_the_last_answer_wins_and_a_list_of_guesses_earns_nothing(task: GSM8K) -> None:
@@ -135,18 +172,18 @@ def test_the_last_answer_wins_and_a_list_of_guesses_earns_nothing(task: GSM8K) -
     st.sampled_from(["", "$"]),
     st.sampled_from(["", " dollars", "."]),
 )
-def test_every_way_of_writing_a_number_normalises_to_one(n: int, zeros: int, currency: str, unit: str) -> None:
+def test_every_way_of_writing_a_number_normalizes_to_one(n: int, zeros: int, currency: str, unit: str) -> None:
     decimals = "." + "0" * zeros if zeros else ""
     sign = "-" if n < 0 else ""
     for number in (f"{abs(n)}", f"{abs(n):,}", f"00{abs(n)}"):
-        assert normalise(f"{sign}{currency}{number}{decimals}{unit}") == str(n)
+        assert normalize(f"{sign}{currency}{number}{decimals}{unit}") == str(n)
 
 
 @given(st.text(max_size=30) | st.text("0123456789.,-+$# \n", max_size=30))
 def test_an_extracted_answer_is_none_or_in_normal_form(text: str) -> None:
     answer = extract_answer("#### " + text)
     assert answer is None or (re.fullmatch(r"-?(0|[1-9][0-9]*)(\.[0-9]*[1-9])?", answer) and answer != "-0")
-    assert answer is None or normalise(answer) == answer
+    assert answer is None or normalize(answer) == answer
 
 
 def test_a_ground_truth_that_is_no_number_is_an_error_not_a_reward(task: GSM8K) -> None:

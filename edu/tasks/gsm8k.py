@@ -4,6 +4,7 @@ A row holds `question` and `answer`: reasoning with calculator annotations `<<48
 """
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,49 @@ MISSING = "{path}: no such file. The embedded problems are made by: python scrip
 
 _MARKER = re.compile(r"(?<!#)####(?!#)")
 _NUMBER = re.compile(
-    r"[ \t]*([+-]?)[ \t]*[$€£]?[ \t]*([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+    r"\s*([+-]?)\s*(?:(?:US|CA|AU|NZ|HK|R|A|C|S)?\$|(?:USD|EUR|GBP|JPY|INR|CNY|CHF|CAD|AUD|Rs\.?)(?=[\s+-]*[0-9.]))?"
+    r"\s*([+-]?)((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 )
-_NOT_A_UNIT = re.compile(r"[ \t]*(?:k\b|hundred|thousand|million|billion|trillion|dozen)", re.IGNORECASE)
+# Right behind the number, perhaps after spaces, hyphens or a currency; M is a million, m is a unit (meters, minutes).
+_SCALED = re.compile(
+    r"[\s$-]*(?:[kK]|M|MM|B|T|(?i:mio|mrd|mil|mln|mn|bn|bil|tn|trn|tril|grand|dozens?|half|halves|thirds|fourths|fifths|sixths|eighths|tenths))"
+    r"(?![a-zA-Z]|-[a-zA-Z])"
+)
+# Anywhere behind it: "5 and a half", "5 (in thousands)", "5 whole million".
+_SCALED_LATER = re.compile(
+    r"(?i)\b(?:hundred|thousand|million|billion|trillion|lakh|crore)(?:ths?|s|\b)"
+    r"|\b(?:and|plus)\s+(?:[a-z]+[\s-]+){0,2}(?:half|halves|quarters?|thirds?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+)
+_GROUPED = re.compile("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")  # spaces that do not break: 1 000
+_PLAIN = str.maketrans(
+    {chr(0xFF10 + i): str(i) for i in range(10)}  # full-width digits
+    | dict.fromkeys("\u2212\uff0d\ufe63\u2010\u2011\u2012\u2013", "-")  # minus signs, hyphens, the dash typed for one
+    | {"\uff0b": "+", "\uff0c": ",", "\uff0e": "."}
+    | dict.fromkeys("*_`\\", " ")  # bold, italic and code marks; the backslash of \$
+)
 
 
-def normalise(text: str) -> str | None:
-    """The one number that `text` begins with, in the one way of writing it, so that equal values are equal strings; else None.
+def plain_number(text: str) -> str:
+    """Replace typographic characters by those of a keyboard: digits, minus signs, currencies, spaces, bold marks."""
+    text = _GROUPED.sub(",", text).translate(_PLAIN)
+    return "".join("$" if unicodedata.category(char) == "Sc" else char for char in text)
 
-    A sign, a currency and thousands separators may be part of it, a unit may follow; a second number may not, nor a word that scales it.
 
-    >>> [normalise(text) for text in ("$1,000.00", " -0.50 euros", "10.", "+007", "ten", "10 or 12", "10k", "1/2")]
+def normalize(text: str) -> str | None:
+    """Return the number that `text` begins with in one form, so that equal values are equal strings; None without one.
+
+    A sign, a currency, bold marks and thousands separators may be part of it, and a unit may follow. A second number may
+    not, nor a word that scales it ("5 million", "5M", "5 and a half"): its value would be another.
+
+    >>> [normalize(text) for text in ("$1,000.00", " -0.50 euros", "10.", "+007", "ten", "10 or 12", "10k", "1/2")]
     ['1000', '-0.5', '10', '7', None, None, None, None]
     """
+    text = plain_number(text)
     match = _NUMBER.match(text)
     if match is None or (match[1] and match[2]):
         return None
-    if _NOT_A_UNIT.match(text, match.end()) or any(char.isnumeric() for char in text[match.end() :]):
+    behind = text[match.end() :]
+    if _SCALED.match(behind) or _SCALED_LATER.search(behind) or any(char.isnumeric() for char in behind):
         return None
     whole, _, decimals = match[3].replace(",", "").partition(".")
     value = f"{whole.lstrip('0') or '0'}.{decimals.rstrip('0')}".rstrip(".")
@@ -39,25 +66,25 @@ def normalise(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    """The last "#### N" of a text, normalised; None if there is none, or if its last "####" is not followed by one number on that line.
+    """Return the number of the last "#### N" of a text in one form; None if there is none, or if its last "####" is not followed by one number on that line.
 
     >>> extract_answer("#### 5\\nNo, twice as many.\\n#### 1,000.00 dollars"), extract_answer("#### ten?")
     ('1000', None)
     """
     if not _MARKER.search(text):
         return None
-    return normalise(_MARKER.split(text)[-1].partition("\n")[0])
+    return normalize(_MARKER.split(text)[-1].partition("\n")[0])
 
 
 def solves(completion: str, answer: str) -> bool:
-    """Whether the last "#### N" of a completion has the value of the answer.
+    """Tell whether the last "#### N" of a completion has the value of the answer.
 
     Only the last one counts, so a list of guesses earns no more than a guess; more than two answers are a list, and solve nothing.
 
     >>> solves("#### $10.00", "10"), solves("#### 9\\n#### 10\\n#### 11\\n#### 10", "10")
     (True, False)
     """
-    truth = normalise(answer)
+    truth = normalize(answer)
     if truth is None:
         raise ValueError(f"the ground truth {answer!r} is not a number")
     return len(_MARKER.findall(completion)) <= MAX_ANSWERS and extract_answer(completion) == truth
