@@ -94,19 +94,15 @@ OTHER_TRUTHS = [
 ]  # fmt: skip
 
 # Numbers as people type them. For a ground truth of 5, all these are right ...
-RIGHT_5 = (
-    "|".join(
-        (
-            "#### **5**|#### *5*|#### __5__|#### _5_|#### `5`|####**5**|**####** 5|#### **5** apples|#### **5 apples**|#### **$5**|#### $**5**|#### **5.0**|#### **5.**|#### ***5***|#### ``5``|**#### 5**",
-            "#### ５|#### ５.０|#### ０５|#### ５．０|#### ＋５|#### $５|#### ５ apples|#### **５**|####\u00a05|#### \u00a05|####\u202f5|####\u20095|####\u30005|#### 5\u00a0apples|#### 5\u00a0|#### $\u00a05|#### 5\u202f€",
-            "#### ¥5|#### ₹5|#### ₩5|#### ₽5|#### ₺5|#### ₫5|#### ₿5|#### ¢5|#### 5¢|#### 5 ₹|#### 5₽|#### US$5|#### US$ 5|#### A$5|#### C$5|#### R$5|#### NZ$5|#### HK$5|#### CA$5.00|#### AU$5|#### S$5|#### \\$5|#### USD 5|#### EUR 5.00|#### GBP5|#### Rs 5|#### Rs. 5|#### INR 5|#### CHF 5|#### JPY 5|#### 5 USD|#### 5 EUR|#### 5 Rs|#### ＄5|#### £ 5|#### €\u00a05",
-            "#### 5 m|#### 5m|#### 5 mm|#### 5 ml|#### 5 min|#### 5 minutes|#### 5 miles|#### 5 men|#### 5 mice|#### 5 kg|#### 5kg|#### 5 km|#### 5 kids|#### 5 KB|#### 5MB|#### 5 GB|#### 5 bananas|#### 5 bottles|#### 5 boxes|#### 5 B-flats|#### 5 T-shirts|#### 5 tons|#### 5 trips|#### 5 thanks",
-            "#### 5 quarters|#### 5 third graders|#### 5 and done|#### 5 apples and pears|#### 5 apples and a pear|#### 5 dozers|#### 5 Mondays|#### 5 bills|#### 5 milkshakes|#### 5 grandparents|#### 5 billboards|#### 5 thousandaires|#### 5 hundredweight",
-        )
+RIGHT_5 = "|".join(
+    (
+        "#### **5**|#### *5*|#### __5__|#### _5_|#### `5`|####**5**|**####** 5|#### **5** apples|#### **5 apples**|#### **$5**|#### $**5**|#### **5.0**|#### **5.**|#### ***5***|#### ``5``|**#### 5**",
+        "#### ５|#### ５.０|#### ０５|#### ５．０|#### ＋５|#### $５|#### ５ apples|#### **５**|####\u00a05|#### \u00a05|####\u202f5|####\u20095|####\u30005|#### 5\u00a0apples|#### 5\u00a0|#### $\u00a05|#### 5\u202f€",
+        "#### ¥5|#### ₹5|#### ₩5|#### ₽5|#### ₺5|#### ₫5|#### ₿5|#### ¢5|#### 5¢|#### 5 ₹|#### 5₽|#### US$5|#### US$ 5|#### A$5|#### C$5|#### R$5|#### NZ$5|#### HK$5|#### CA$5.00|#### AU$5|#### S$5|#### \\$5|#### USD 5|#### EUR 5.00|#### GBP5|#### Rs 5|#### Rs. 5|#### INR 5|#### CHF 5|#### JPY 5|#### 5 USD|#### 5 EUR|#### 5 Rs|#### ＄5|#### £ 5|#### €\u00a05",
+        "#### 5 m|#### 5m|#### 5 mm|#### 5 ml|#### 5 min|#### 5 minutes|#### 5 miles|#### 5 men|#### 5 mice|#### 5 kg|#### 5kg|#### 5 km|#### 5 kids|#### 5 KB|#### 5MB|#### 5 GB|#### 5 bananas|#### 5 bottles|#### 5 boxes|#### 5 B-flats|#### 5 T-shirts|#### 5 tons|#### 5 trips|#### 5 thanks",
+        "#### 5 quarters|#### 5 third graders|#### 5 and done|#### 5 apples and pears|#### 5 apples and a pear|#### 5 dozers|#### 5 Mondays|#### 5 bills|#### 5 milkshakes|#### 5 grandparents|#### 5 billboards|#### 5 thousandaires|#### 5 hundredweight",
     )
-    .replace("#### 5 million|", "")
-    .split("|")
-)
+).split("|")
 # ... and these, which scale the number or hold another one, are wrong.
 WRONG_5 = "|".join(
     (
