@@ -24,7 +24,7 @@ HF_BATCH = 1000  # of `map(batched=True)`, its default
 
 @dataclass(frozen=True)
 class Args:
-    """What to measure on."""
+    """Data and amounts to measure on."""
 
     data: Path = Path("data/tiny")
     """Folder of parquet shards."""

@@ -22,7 +22,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Args:
-    """What to train on, and how much."""
+    """Data to train on, and how much."""
 
     data: Path = Path("data/tiny")
     """Folder of parquet shards, validation shards in its val/."""
@@ -35,7 +35,7 @@ class Args:
     tokens: int = 300_000
     """Tokens that each run trains on."""
     step_tokens: int = 4096
-    """Of these, a step."""
+    """Tokens of a step."""
     eval_tokens: int = 60_000
     """Held-out tokens measured on."""
 

@@ -12,7 +12,7 @@ from edu.config.cli import parse, run_script
 
 @dataclass(frozen=True)
 class Args:
-    """The first batches of a shard, as a model meets them."""
+    """Choice of shards, tokenizer and shape."""
 
     data: Path = Path("data/tiny")
     """Folder of parquet shards."""

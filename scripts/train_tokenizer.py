@@ -1,7 +1,7 @@
 """Train a tokenizer on parquet shards. Example: python scripts/train_tokenizer.py --data data/tiny --vocab-size 1024"""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,26 +22,12 @@ class Args:
     """Folder to write, for AutoTokenizer and for the other scripts."""
 
 
-def read_texts(shards: Sequence[Path], max_chars: float) -> Iterator[str]:
-    """The documents of the shards in order, a small record batch in memory at a time; null and empty ones left out."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def first(texts: Iterator[str], max_chars: float) -> Iterator[str]:
+    """Yield texts until they hold max_chars characters or more."""
     chars = 0
-    for shard in shards:
-        try:
-            with pq.ParquetFile(shard) as file:
-                if "text" not in file.schema_arrow.names:
-                    raise ValueError(f"no column `text`, only {', '.join(file.schema_arrow.names)}")
-                for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                    for text in batch.column(0).cast(pa.large_string()).to_pylist():
-                        if text and chars < max_chars:
-                            chars += len(text)
-                            yield text
-                    if chars >= max_chars:
-                        return
-        except (pa.ArrowException, ValueError, OSError) as error:
-            raise ValueError(f"{shard}: {error}") from error
+    while chars < max_chars and (text := next(texts, None)) is not None:
+        chars += len(text)
+        yield text
 
 
 def main() -> None:
@@ -50,15 +36,16 @@ def main() -> None:
 
     from edu.data.compression import SAMPLES, bytes_per_token, peers
     from edu.data.shards import list_shards
+    from edu.data.sources import read_texts
     from edu.data.tokenizer import train_tokenizer
 
     train, val = list_shards(args.data, "train"), list_shards(args.data, "val")
-    texts = track(read_texts(train, args.max_chars), "reading text", disable=not sys.stdout.isatty())
+    texts = track(first(read_texts(train), args.max_chars), "reading text", disable=not sys.stdout.isatty())
     tokenizer = train_tokenizer(texts, args.vocab_size)
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size} tokens, learned from {len(train)} shards of {args.data}")
     columns = {"ours": tokenizer.encode} | {name: peer.encode_ordinary for name, peer in peers().items()}
-    rows = {"validation split": list(read_texts(val, args.val_chars))} | {
+    rows = {"validation split": list(first(read_texts(val), args.val_chars))} | {
         name: [text] for name, text in SAMPLES.items()
     }
     print(f"{'bytes per token':17}" + "".join(f"{name:>12}" for name in columns))

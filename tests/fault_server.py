@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one GET. `at`: the byte of the answer's body at which it does."""
+    """Fault of one GET. `at`: the byte of the answer's body at which it does."""
 
     kind: str
     """reset, truncate, truncate_unsized, stall, trickle, corrupt, status, new_etag, wrong_range, ignore_range,
@@ -29,7 +29,7 @@ class Fault:
 
 @dataclass
 class Plan:
-    """What a server does and what it saw; change it while it runs."""
+    """Behavior of a server, and what it saw; change it while it runs."""
 
     files: dict[str, bytes]
     """Body by path."""
@@ -54,7 +54,7 @@ class Plan:
     """Set when the server closes: stalled answers end."""
 
     def gets(self) -> list[dict[str, str]]:
-        """The headers of each GET so far, names in lower case."""
+        """Return the headers of each GET so far, names in lower case."""
         return [headers for method, _, headers in self.log if method == "GET"]
 
 
@@ -67,11 +67,11 @@ class Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
     def do_HEAD(self) -> None:
-        """The Hub's metadata."""
+        """Answer with metadata."""
         self.answer("HEAD")
 
     def do_GET(self) -> None:
-        """A file, whole or from a byte on, or a fault."""
+        """Answer with a file, whole or from a byte on, or a fault."""
         self.answer("GET")
 
     def answer(self, method: str) -> None:
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send_hub(self, body: bytes, fault: Fault, method: str) -> None:
-        """What huggingface_hub needs to know, and the way to the content."""
+        """Send what huggingface_hub needs to know, and the way to the content."""
         sha256 = hashlib.sha256(body).hexdigest()
         metadata = (("X-Repo-Commit", "a" * 40), ("X-Linked-Etag", f'"{sha256}"'), ("X-Linked-Size", str(len(body))))
         if self.plan.storage:
@@ -178,7 +178,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = False
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A connection that the fault has closed is no error."""
+        """Ignore it: a connection that the fault has closed is no error."""
 
 
 @contextmanager

@@ -307,7 +307,9 @@ def test_script_names_the_shard_without_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([None], pa.string())}), tmp_path / "val" / "shard_00001.parquet")
     done = run_script(tmp_path, tmp_path / "out")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/shard_00000.parquet: no column `text`, only content\n"
+    assert (
+        done.stderr == f"error: {tmp_path}/shard_00000.parquet, row 1: needs a field 'text' that is text; has content\n"
+    )
     pq.write_table(pa.table({"text": pa.array([None, ""], pa.string())}), tmp_path / "shard_00000.parquet")
     done = run_script(tmp_path, tmp_path / "out")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""How well a vocabulary compresses: bytes per token, beside vocabularies that many know."""
+"""Compression of a vocabulary in bytes per token, beside vocabularies that many know."""
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ PEERS = {
 
 
 def bytes_per_token(encode: Callable[[str], Sequence[int]], texts: Iterable[str]) -> float:
-    """UTF-8 bytes of the raw texts over the tokens they take. ValueError if there is no text.
+    """Return UTF-8 bytes of the raw texts over the tokens they take; ValueError if there is no text.
 
     >>> bytes_per_token(lambda text: text.split(), ["12 34", "é"])
     2.3333333333333335
@@ -42,7 +42,7 @@ def bytes_per_token(encode: Callable[[str], Sequence[int]], texts: Iterable[str]
 
 
 def peers() -> dict[str, tiktoken.Encoding]:
-    """Those of PEERS whose files are in tiktoken's cache: nothing is downloaded for a comparison."""
+    """Return those of PEERS whose files are in tiktoken's cache: nothing is downloaded for a comparison."""
     found = {}
     for name, urls in PEERS.items():
         if all(_cached(url).is_file() for url in urls):
@@ -54,7 +54,7 @@ def peers() -> dict[str, tiktoken.Encoding]:
 
 
 def _cached(url: str) -> Path:
-    """Where tiktoken keeps a file that it has downloaded (tiktoken/load.py)."""
+    """Return the path of a file that tiktoken has downloaded (tiktoken/load.py)."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     default = Path(tempfile.gettempdir()) / "data-gym-cache"
     return Path(folder or default) / hashlib.sha1(url.encode()).hexdigest()

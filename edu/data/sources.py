@@ -1,4 +1,4 @@
-"""The value of --source, and how files of any kind become shards: parquet, JSON lines or text, here or on the Hub.
+"""Sources of shards: parquet, JSON lines or text, here or on the Hub, as --source names them.
 
 1. Files are listed. A path says their split by the Hub's words (edu.data.shards.split_of); test splits are left out.
 2. Parquet files are shards as they stand. JSON lines (field `text`) and text files are written as parquet.
@@ -8,6 +8,7 @@
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -155,6 +156,8 @@ def convert(files: Sequence[str], path: Path, share: Path | None, get: Get) -> b
         finally:
             for each in [*temporary, *(raw if remote and path.exists() else ())]:
                 each.unlink(missing_ok=True)
+    with suppress(OSError):  # Windows: who waits for it holds it open
+        path.with_name(f".{path.name}.lock").unlink()
     return True
 
 
@@ -169,14 +172,14 @@ def write_shard(files: Sequence[Path], shard: Path, share: Path | None) -> None:
         return
     held_out = set[int]()
     if share is not None:
-        sums = {_checksum(text) for text in _texts(files)}
+        sums = {_checksum(text) for text in read_texts(files)}
         if len(sums) < 2:
             reason = "one document cannot be both training and validation"
             raise ValueError(f"{files[0]}: {reason}; give more text, or a second file called validation")
         held_out = {each for each in sums if each % SHARE == 0} or {min(sums)}
         held_out = held_out if len(held_out) < len(sums) else {min(sums)}
-        _write(share, (text for text in _texts(files) if _checksum(text) in held_out))
-    if not _write(shard, (text for text in _texts(files) if _checksum(text) not in held_out)):
+        _write(share, (text for text in read_texts(files) if _checksum(text) in held_out))
+    if not _write(shard, (text for text in read_texts(files) if _checksum(text) not in held_out)):
         raise ValueError(f"{files[0]}: holds no text")
 
 
@@ -194,7 +197,7 @@ def _write(path: Path, texts: Iterator[str]) -> int:
     return rows
 
 
-def _texts(files: Iterable[Path]) -> Iterator[str]:
+def read_texts(files: Iterable[Path]) -> Iterator[str]:
     """Yield the documents of files; ValueError names the file, and the row, that has no text."""
     for path in files:
         if path.suffix.lower() == ".txt":

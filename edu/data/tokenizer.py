@@ -93,11 +93,11 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text; special tokens typed in it stay text, lone surrogates become "?"."""
+        """Return the ids of ordinary text; special tokens typed in it stay text, lone surrogates become "?"."""
         return self._bpe.encode_ordinary(clean(text))
 
     def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """`encode` in bulk: one read-only uint32 array a text, without a Python list between."""
+        """Encode many texts: one read-only uint32 array a text, without a Python list between."""
 
         def encode(text: str) -> np.ndarray:
             try:
@@ -108,7 +108,7 @@ class Tokenizer:
         return [encode(text) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """The bytes of the ids; special tokens are written by name, or left out. ValueError on an id out of range."""
+        """Return the bytes of the ids; special tokens are written by name, or left out. ValueError on an id out of range."""
         first_special = self.bos
         parts = []
         for token in ids:
@@ -119,11 +119,11 @@ class Tokenizer:
         return b"".join(parts)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of the ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+        """Return the text of the ids; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def token_bytes(self) -> np.ndarray:
-        """Bytes of text each id stands for, (V,) int64; 0 for special tokens. For bits per byte of raw text."""
+        """Return how many bytes of text each id stands for, (V,) int64; 0 for special tokens. For bits per byte of raw text."""
         return np.array([len(token) for token in self._bytes[: self.bos]] + [0] * len(self.special), dtype=np.int64)
 
     def save(self, folder: str | Path, model_max_length: int | None = None) -> None:
@@ -190,7 +190,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def clean(text: str) -> str:
-    """The text that UTF-8 can hold: lone surrogates become "?".
+    """Return the text that UTF-8 can hold: lone surrogates become "?".
 
     >>> clean("a" + chr(0xD800))
     'a?'
@@ -200,7 +200,7 @@ def clean(text: str) -> str:
 
 @functools.cache
 def byte_names() -> tuple[str, ...]:
-    """The visible character by which tokenizer.json writes each byte: itself if printable, else 256 + a counter.
+    """Return the visible character by which tokenizer.json writes each byte: itself if printable, else 256 + a counter.
 
     The table is GPT-2's, which every byte-level tokenizer of the Hub uses.
     """
@@ -210,7 +210,7 @@ def byte_names() -> tuple[str, ...]:
 
 
 def hugging_face_json(tokenizer: Tokenizer) -> str:
-    """The tokenizer as a tokenizer.json: same split, same ranks, BOS before every text that is not a rendered chat."""
+    """Return the tokenizer as a tokenizer.json: same split, same ranks, BOS before every text that is not a rendered chat."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as FastTokenizer
 
@@ -238,7 +238,7 @@ def hugging_face_json(tokenizer: Tokenizer) -> str:
 
 
 def tokenizer_config(tokenizer: Tokenizer, model_max_length: int | None) -> dict[str, Any]:
-    """The tokenizer_config.json that transformers reads beside tokenizer.json.
+    """Return the tokenizer_config.json that transformers reads beside tokenizer.json.
 
     BOS is added to plain text (`tokenizer(text)`), since the model never saw a document without it; the chat template
     writes its own, and `add_special_tokens=False` leaves it out. Padding is on the left, as generation needs it.
@@ -274,5 +274,5 @@ def _read_spec(spec: Mapping[str, Any]) -> tuple[dict[bytes, int], str, dict[str
 
 
 def _shipped(name: str) -> str:
-    """A file that stands beside this module."""
+    """Return the text of a file beside this module."""
     return Path(__file__).with_name(name).read_text("utf-8")
