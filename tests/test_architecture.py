@@ -50,7 +50,7 @@ MACHINE_PATHS = ("/home/", "/root/", "/Users/", "/tmp/", "C:\\", *HERE)
 
 LIBRARY = sorted((ROOT / "edu").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
-DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")]
+DOCUMENTS = [path for folder in (".", "docs", "data", "course", "course/*") for path in ROOT.glob(f"{folder}/*.md")]
 
 
 def name_of(path: Path) -> str:
