@@ -67,10 +67,11 @@ def hugging_face(model: Any, **options: Any) -> Generate:
     return generate
 
 
-def ours(engine: Any) -> Generate:
-    """The Engine."""
+def ours(engine: Any, fast: bool) -> Generate:
+    """The Engine, by edu/fast or by the model itself."""
 
     def generate(prompts: list[list[int]], new: int, stops: list[int]) -> list[list[int]]:
+        os.environ["EDU_FAST"] = str(int(fast))
         groups = engine.generate(prompts, max_new_tokens=new, temperature=0, stop_tokens=stops)
         return [sample.tokens for (sample,) in groups]
 
@@ -91,7 +92,7 @@ def limits(model: Any, rows: int, length: int) -> str:
     """Tokens/s of a step for so many rows of so many tokens that only reads, multiplies, or does its own products."""
     import torch
 
-    from edu.fast.cpu_decoder import Decoder, ways
+    from edu.fast.cpu_decoder import CPUDecoder, ways
 
     def seconds(work: Callable[[], object]) -> float:
         def once() -> float:
@@ -102,8 +103,8 @@ def limits(model: Any, rows: int, length: int) -> str:
         return statistics.median(once() for _ in range(20))
 
     with torch.inference_mode():
-        product, layers, head = Decoder(model).weights(rows)
-        square_product, arrange = ways(model.lm_head.weight, 1024, 0)
+        product, layers, head = CPUDecoder(model).weights(rows)
+        square_product, arrange = ways(1024, 0)
         large, square = torch.randn(1024, 1024), arrange(torch.randn(1024, 1024))
         weights = [p for name, p in model.named_parameters() if "embed" not in name]
         config, count = model.config, sum(p.numel() for p in weights)
@@ -158,7 +159,8 @@ def main() -> None:
         stock = NanoChatForCausalLM(model.config).eval()
         stock.load_state_dict(model.state_dict())
         contenders = {
-            "ours": ours(Engine(model, max_rows=max(args.batches))),
+            "ours": ours(Engine(model, max_rows=max(args.batches)), fast=True),
+            "ours, readable path": ours(Engine(model, max_rows=max(args.batches)), fast=False),
             "transformers, DynamicCache": hugging_face(stock),
             "transformers, StaticCache": hugging_face(stock, cache_implementation="static", disable_compile=True),
         }

@@ -6,17 +6,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from numba import njit
 from test_04_model import random_gpt
 
-from edu.fast import cpu_kernels as kernels
-from edu.fast.cpu_decoder import Decoder
-from edu.fast.cpu_kernels import add_weighted, compiled, divided, prefetch
 from edu.model.kv_cache import KVCache
+
+numba = pytest.importorskip("numba")
+kernels = pytest.importorskip("edu.fast.cpu_kernels")
+CPUDecoder = pytest.importorskip("edu.fast.cpu_decoder").CPUDecoder
+njit, compiled, fingerprint, prefetch = numba.njit, kernels.compiled, kernels.fingerprint, kernels.prefetch
 
 
 @njit(fastmath=kernels.FASTMATH)  # not kept on disk: numba would not see that what it calls has changed
@@ -51,7 +51,7 @@ def test_sums_of_weighted_rows(positions: int, width: int, share_of_zeros: float
     random = np.random.default_rng(0)
     values, start = random.normal(size=(positions, width)), random.normal(size=width)
     weights = random.normal(size=positions) * (random.random(positions) >= share_of_zeros)
-    for add in (add_weighted, kernels._add_weighted_some):
+    for add in (kernels.add_weighted, kernels._add_weighted_some):
         y = start.astype(np.float32)
         add(weights.astype(np.float32), values.astype(np.float32), y)
         np.testing.assert_allclose(y, start + weights @ values, atol=1e-5)
@@ -72,24 +72,59 @@ def test_a_row_alone_takes_one_call_a_layer_and_many_rows_take_oneDNN(monkeypatc
         kernel = getattr(kernels, name)
         monkeypatch.setattr(f"edu.fast.cpu_decoder.{name}", lambda *a, k=kernel, n=name: (calls.append(n), k(*a)))
     model = random_gpt(vocab_size=50)
-    decoder, cache = Decoder(model), KVCache(2, 8, model)
-    decoder.step(torch.tensor([4]), [0], cache)
+    decoder, cache = CPUDecoder(model), KVCache(2, 8, model)
+    decoder.step(torch.tensor([4]), cache)
     assert calls == ["layer_of_one"] * model.config.num_hidden_layers
-    decoder.step(torch.tensor([4, 5]), [1, 0], cache)
+    decoder.step(torch.tensor([4, 5]), cache)
     assert calls[len(calls) // 2 :] == ["attend"] * model.config.num_hidden_layers
 
 
 def test_a_full_cache_is_not_written_past_its_end() -> None:
     model = random_gpt(vocab_size=50)
+    cache = KVCache(1, 8, model)
+    cache.lengths = [8]
     with pytest.raises(AssertionError, match="rows of 8 tokens and one more: there is room for 8"):
-        Decoder(model).step(torch.tensor([4]), [8], KVCache(1, 8, model))
+        CPUDecoder(model).step(torch.tensor([4]), cache)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[3, 9, 2, 16], [9, 9], [7], [2, 1]], ids=["ragged", "even", "alone", "short"])
+@pytest.mark.parametrize("threads", [1, 3], ids=["loops", "loops on several threads, packed weights"])
+def test_the_decoder_computes_what_the_model_does(
+    kv_heads: int, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("edu.fast.cpu_decoder.FROM_CACHE", 0)
+    monkeypatch.setattr("edu.fast.cpu_kernels.PART", 1)
+    # An epsilon so large that none can be left out.
+    model = random_gpt(vocab_size=50, num_key_value_heads=kv_heads, rms_norm_eps=0.1)
+    prompts = [torch.randint(0, 50, (length,)).tolist() for length in lengths]
+    cache, decoder = KVCache(len(prompts), 20, model), CPUDecoder(model)
+    decoder.prefill(prompts, cache)
+    for token in (4, 41, 7):
+        logits = decoder.step(torch.tensor([token] * len(prompts)), cache)
+        prompts = [[*prompt, token] for prompt in prompts]
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_any_changed_word_changes_the_fingerprint_and_so_does_their_order() -> None:
+    words = np.random.default_rng(0).integers(0, 2**32, 1000, dtype=np.uint32)
+    first = fingerprint(words)
+    for at in (0, 1, 500, 999):
+        for bit in (0, 31):
+            changed = words.copy()
+            changed[at] ^= np.uint32(1 << bit)
+            assert fingerprint(changed) != first
+    assert fingerprint(words[::-1].copy()) != first
+    assert fingerprint(words.copy()) == first
 
 
 def test_pairs_are_divided_by_how_much_there_is_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     for pairs in (1, 3, 4, 129):
         for numbers in (0, kernels.PART, 100 * kernels.PART):
-            parts = divided(pairs, numbers)
+            parts = kernels.divided(pairs, numbers)
             assert [i for first, last in parts for i in range(first, last)] == list(range(pairs))
             assert len(parts) == min(4, pairs, 1 + numbers // kernels.PART)
 

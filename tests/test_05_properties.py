@@ -5,7 +5,7 @@ import gc
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_04_model import random_gpt
 
+from edu.inference.decoder import decoder_for
 from edu.inference.engine import Engine, KVCache, generate_naive
 from edu.inference.params import Sample, SamplingParams
 from edu.inference.sampling import sample_tokens
@@ -36,6 +37,13 @@ def model_of(kv_heads: int, layers: int) -> GPT:
 @cache
 def in_fp64(model: GPT) -> GPT:
     return copy.deepcopy(model).double()
+
+
+@pytest.fixture(autouse=True, scope="module", params=["fast", "readable"])
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDU_FAST", str(int(request.param == "fast")))
+        yield
 
 
 models = st.builds(model_of, st.sampled_from((1, 2, 4)), st.integers(1, 3))
@@ -149,7 +157,6 @@ def run(
 ) -> tuple[list[list[Sample]], dict[float, list[torch.Tensor]]]:
     """What an Engine of so many rows and so large chunks gives, and the logits that each uniform number met."""
     engine, met = Engine(model, rows), defaultdict[float, list[torch.Tensor]](list)
-    engine.prefill = partial(engine.prefill, chunk=chunk)
 
     def watched(
         logits: torch.Tensor, uniforms: torch.Tensor, params: SamplingParams
@@ -159,7 +166,8 @@ def run(
         return sample_tokens(logits, uniforms, params)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edu.inference.engine.sample_tokens", watched)
+        patch.setattr("edu.inference.scheduler.sample_tokens", watched)
+        patch.setattr("edu.inference.decoder.PREFILL_CHUNK", chunk)
         return engine.generate(*args, **options), met
 
 
@@ -213,10 +221,15 @@ def test_batched_is_alone_and_both_are_the_definition(
 @quickly
 @given(model=models, batch=st.lists(prompts, min_size=1, max_size=5), chunk=st.integers(1, 31))
 def test_chunks_change_nothing(model: GPT, batch: list[list[int]], chunk: int) -> None:
-    engine, width = Engine(model), max(map(len, batch))
-    pieces = engine.prefill(batch, KVCache(len(batch), width, model), chunk)
+    cache = KVCache(len(batch), max(map(len, batch)) + 1, model)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr("edu.inference.decoder.PREFILL_CHUNK", chunk)
+        decoder = decoder_for(model)
+        decoder.prefill(batch, cache)
+        pieces = decoder.step(torch.full((len(batch),), 7), cache)
     for prompt, logits in zip(batch, pieces, strict=True):
-        torch.testing.assert_close(logits, model(torch.tensor([prompt])).logits[0, -1], atol=1e-5, rtol=1e-5)
+        expected = model(torch.tensor([[*prompt, 7]])).logits[0, -1]
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

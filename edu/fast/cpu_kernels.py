@@ -1,8 +1,8 @@
-"""What lies between the matrix products of a decoding step, as plain loops that numba compiles: fp32 on a CPU.
+"""Numba kernels for what lies between the matrix products of a decoding step (fp32, CPU).
 
 torch takes twenty operators for it, each of which costs a microsecond or more to start and reads and writes everything
-anew. Here each row has its own length, so that rows of unlike lengths need no mask. `edu.fast.cpu_decoder` has the same
-mathematics in torch's operators, for other devices and precisions, and a test holds both to the model.
+anew. Here each row has its own length, so that rows of unlike lengths need no mask. `edu.model.gpt` has the same
+mathematics to read, and tests hold the kernels to it.
 
 B rows, S positions, C channels, H query heads, K key/value heads, D head dim.
 """
@@ -146,6 +146,15 @@ def attend_pairs(
             _softmax(weights[g, : new + 1])
             y[b, at : at + D] = ZERO
             add_weighted(weights[g, : new + 1], values, y[b, at : at + D])
+
+
+@compiled
+def fingerprint(words: np.ndarray) -> np.uint64:
+    """Hash words of 32 bits to 64. A factor is odd, so a product with it changes with the word: no single change is missed."""
+    total = np.uint64(0)
+    for i in range(len(words)):
+        total += np.uint64(words[i]) * (np.uint64(2 * i + 1) * np.uint64(0x9E3779B97F4A7C15))
+    return total
 
 
 @compiled

@@ -11,7 +11,7 @@ LARGEST |= {"num_hidden_layers": 10**4, "vocab_size": 10**7, "max_position_embed
 
 
 class GPTConfig(NanoChatConfig):
-    """NanoChatConfig's fields and config.json; see `tiny` and `from_depth` for ready-made sizes."""
+    """NanoChatConfig's fields and config.json; `tiny` has a ready-made size."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -58,13 +58,4 @@ class GPTConfig(NanoChatConfig):
         """The size that tests and examples use: about 100 thousand parameters."""
         sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-        return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})
-
-    @classmethod
-    def from_depth(cls, depth: int, vocab_size: int, **overrides: Any) -> "GPTConfig":
-        """The one dial (nanochat): 64 channels a layer, heads of 128 channels, an MLP four times as wide."""
-        of = Sizes.of_depth(depth)
-        sizes: dict[str, Any] = {"hidden_size": of.channels, "intermediate_size": 4 * of.channels}
-        sizes |= {"num_hidden_layers": depth, "vocab_size": vocab_size}
-        sizes |= {"num_attention_heads": of.heads, "num_key_value_heads": of.kv_heads}
         return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})

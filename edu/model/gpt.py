@@ -1,7 +1,12 @@
 """The GPT: nanochat's architecture, computed by our own code under the parameter names of transformers' `nanochat`.
 
 One checkpoint therefore opens in both: `GPT.from_pretrained(dir)` here, `AutoModelForCausalLM.from_pretrained(dir)`
-anywhere. Token embedding, norm, then per layer x + attention(norm(x)) and x + MLP(norm(x)), norm, head, softcap.
+anywhere. Read from top to bottom:
+
+1. `rms_norm`, `relu_squared`, `apply_rotary_emb`: functions without weights.
+2. `CausalSelfAttention`, `MLP`, and `Block`, which adds both to the residual stream: x + attention(norm(x)), x + MLP(norm(x)).
+3. `GPTModel`: token embedding, norm, the blocks, norm. `GPT`: the head on top, with softcapped logits or log-probabilities.
+
 Norms have no weights, so no checkpoint holds them; rotary angles are computed, so no buffer can be lost on loading.
 
 B batch, T time (queries), S time (keys), C channels, H query heads, K key/value heads, D head dim, V vocabulary.
@@ -41,12 +46,16 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 @accelerated
 def relu_squared(x: Tensor) -> Tensor:
-    """Return max(x, 0)^2 (Primer, arXiv:2109.08668)."""
+    """Return max(x, 0)^2: cheap, and most of its outputs are exactly zero (Primer, arXiv:2109.08668)."""
     return x.relu().square()
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, (B, 1, T, D/2) each, in fp32 (RoFormer, arXiv:2104.09864)."""
+    """Return cosine and sine of every position's angles, (B, 1, T, D/2) each, in fp32 (RoFormer, arXiv:2104.09864).
+
+    Pair i of a head's D/2 pairs turns by theta^(-2i/D) radians a position: the first by 1, the last by about 1/theta.
+    Fast pairs tell neighbors apart, slow ones tell far positions apart.
+    """
     D = config.head_dim
     exponents = torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D
     angles = position_ids[:, None, :, None].float() * config.rope["rope_theta"] ** -exponents
@@ -54,8 +63,12 @@ def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[
 
 
 def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T D"]:
-    """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction."""
-    left, right = x.chunk(2, dim=-1)
+    """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction.
+
+    Attention by itself knows no order. Rotating a query at position m by m angles and a key at n by n leaves
+    the product of both depend on m - n alone: (R^m q) . (R^n k) = q . R^(n-m) k. Lengths stay as they are.
+    """
+    left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).type_as(x)
 
 
@@ -69,19 +82,22 @@ def eager_attention_forward(
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as written in the paper, for `attn_implementation="eager"`; (B, H, T, D) in, (B, T, H, D) out."""
+    # Grouped queries: H / K query heads share a key/value head.
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        allowed = attention_mask if attention_mask.dtype == torch.bool else None
-        scores = scores + attention_mask if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    if attention_mask is None:  # causal: the last query sees all keys, each one before it one less
+        T, S = scores.shape[2:]
+        attention_mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+    allowed = attention_mask if attention_mask.dtype == torch.bool else None
+    scores = scores + attention_mask if allowed is None else scores.masked_fill(~allowed, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class Head(Linear):
-    """The linear layer that gives the logits; it starts near zero. With `targets`: what `GPT.forward` says of them.
+    """The linear layer that gives the logits, or with `targets` their log-probabilities; it starts near zero.
 
-    They are computed in here because a weight sharded by FSDP2 is whole only while its own module computes.
+    Log-probabilities are computed in here because FSDP2 gathers a sharded weight only while its own module computes.
     """
 
     def forward(
@@ -99,7 +115,12 @@ class OutputLinear(Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention (arXiv:2305.13245) with RoPE, then QK norm (arXiv:2010.04245)."""
+    """Every token looks at itself and at those before it, and takes a weighted mean of their values.
+
+    RoPE gives queries and keys their positions. QK norm (arXiv:2010.04245) then scales both to one length: scores stay
+    bounded, so softmax does not saturate as weights grow. Grouped-query attention (arXiv:2305.13245) lets H query heads
+    share K key/value heads: the cache, which generation reads at every step, is H / K times smaller.
+    """
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -115,26 +136,37 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        cos_sin: tuple[Tensor, Tensor],
+        cos_sin: tuple[Tensor, Tensor] | None = None,
         attention_mask: Any = None,
         cache: Cache | None = None,
         packed: bool = False,
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T C"], Tensor | None]:
         B, T, _ = x.shape
+        # 1. Queries, keys and values of every token.
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D) and (B, K, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        # 2. Positions, then QK norm. Without angles the tokens stand at positions 0 to T - 1.
+        if cos_sin is None:
+            cos_sin = rotary_angles(torch.arange(T, device=x.device)[None], self.config)
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
+        # 3. The cache appends this layer's new keys and values, and returns all that it holds: (B, K, S, D).
+        # `update` is transformers' name, which all its caches have; of our KVCache it is `insert_kv`.
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # (B, K, S, D); paged attention changes kwargs
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation or "eager", eager_attention_forward
-        )
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # paged attention changes kwargs
+        # 4. softmax(q k^T / sqrt(D)) v, by the implementation that the model was loaded with; causal without a mask.
+        name = self.config._attn_implementation or "eager"
+        dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
+        if dense and name != "eager":  # flash and flex attention take no dense mask
+            name = "sdpa"
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         attend = partial(attention_interface, self, dropout=0.0, scaling=self.scaling, **kwargs)
-        if packed and T >= 256 and x.device.type == "cpu" and isinstance(attention_mask, Tensor):
+        if packed and T >= 256 and x.device.type == "cpu" and dense:
             attend = partial(attend_in_quarters, attend)
-        y, weights = attend(q, k, v, attention_mask)
+        y, weights = attend(q, k, v, attention_mask)  # (B, T, H, D)
+        # 5. Back to the residual stream.
         return self.o_proj(y.reshape(B, T, -1)), weights
 
 
@@ -151,7 +183,7 @@ class MLP(nn.Module):
 
 
 class Block(GradientCheckpointingLayer):
-    """One layer: (B, T, C) in, (B, T, C) out."""
+    """One layer: (B, T, C) in, (B, T, C) out; causal, at positions 0 to T - 1 unless told otherwise."""
 
     def __init__(self, config: GPTConfig, layer_idx: int = 0) -> None:
         super().__init__()
@@ -160,14 +192,14 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], cos_sin: tuple[Tensor, Tensor], **kwargs: Any
+        self, x: Float[Tensor, "B T C"], cos_sin: tuple[Tensor, Tensor] | None = None, **kwargs: Any
     ) -> Float[Tensor, "B T C"]:
-        x = x + self.self_attn(rms_norm(x, self.eps), cos_sin, **kwargs)[0]
-        return x + self.mlp(rms_norm(x, self.eps))
+        x = x + self.self_attn(rms_norm(x, self.eps), cos_sin, **kwargs)[0]  # tokens exchange information
+        return x + self.mlp(rms_norm(x, self.eps))  # each token by itself
 
 
 class GPTPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of the model, and how its weights start."""
+    """The interface to transformers, and the initialization of weights."""
 
     config: GPTConfig
     config_class = GPTConfig
@@ -180,7 +212,7 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """nanochat's: outputs of a block at zero, head near zero, so that training starts from the identity.
+        """Initialize as nanochat: outputs of a block at zero, head near zero, so that training starts from the identity.
 
         Keyed on the leaves: transformers never calls this for modules that own no parameter themselves.
         """
@@ -220,12 +252,14 @@ class GPTModel(GPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        # 1. Tokens to vectors (B, T, C), and their positions: behind what the cache holds.
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen).unsqueeze(0)
+        # 2. Which token sees which, in the form that the attention implementation wants; a dense mask stays as it is.
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
@@ -235,6 +269,7 @@ class GPTModel(GPTPreTrainedModel):
         )
         cos_sin = rotary_angles(position_ids, self.config)
         kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
+        # 3. The layers, with a norm before and after them.
         x = rms_norm(x, self.config.rms_norm_eps)
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
             x = layer(x, cos_sin, **kwargs)
@@ -269,11 +304,11 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         weights: Float[Tensor, "B T"] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Float[Tensor, "B T"] | Float[Tensor, ""]:
-        """With `targets`: log-probabilities (B, T), 0.0 where targets are -1. Without: transformers' interface.
+        """Return log-probabilities (B, T) of `targets`, 0.0 where these are -1; without targets, logits as transformers does.
 
         With `weights` too: the sum of weights times log-probabilities, which is all that training needs, and costs less.
-        `targets` are already shifted, packed documents are told apart by `position_ids`. `labels` are as in every
-        Hugging Face model: shifted inside, -100 ignored.
+        `targets` are already shifted, and packed documents are told apart by `position_ids`, which restart at 0. `labels`
+        are as in every Hugging Face model: shifted inside, -100 ignored.
         """
         if targets is not None:
             if any(x is not None for x in (attention_mask, cache, inputs_embeds, labels)):

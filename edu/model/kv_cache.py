@@ -1,105 +1,123 @@
 """The cache of keys and values: one pre-allocated tensor, for our Engine and for transformers' `generate` alike.
 
+A token's keys and values never change once later tokens are appended, since no token looks ahead. So they are computed
+once and kept, and each step of generation computes one token instead of the sequence. The cache owns the positions: it
+knows how many tokens each row holds, and writes new ones behind them.
+
 B rows, T new tokens, S cached tokens, K key/value heads, D head dim.
 """
 
+import copy
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
-
-from edu.model.gpt import GPT
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 
 class KVCache(Cache):
     """Keys and values of B rows, pre-allocated: logically (B, n_layer, 2, K, S, D), layer first in memory.
 
-    The Engine writes each row at positions of its own (`insert_kv`). `generate(cache=KVCache(rows, length, model))`
-    fills all rows to one length, left-padded as its inputs are; `rows` then counts beams and returned sequences too.
+    Attention calls `insert_kv` (under transformers' name `update`). Rows may have lengths of their own, as the Engine's do;
+    `generate(cache=KVCache(rows, length, model))` fills all rows to one length, left-padded as its inputs are, and `rows`
+    then counts beams and returned sequences too.
     """
 
-    def __init__(self, rows: int, max_seq_len: int, model: GPT) -> None:
-        c = model.config
+    def __init__(self, rows: int, max_seq_len: int, model: PreTrainedModel) -> None:
+        c: Any = model.config
         shape = (c.num_hidden_layers, rows, 2, c.kv_heads, max_seq_len, c.head_dim)
-        weight = model.lm_head.weight
-        self.memory = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        self.rows = torch.arange(rows, device=weight.device)
-        super().__init__(layers=[_Layer(self.memory[i]) for i in range(len(self.memory))])
+        self.memory = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.lengths = [0] * rows
+        """Tokens that each row holds"""
+        super().__init__(layers=[])
 
     @property
     def tensor(self) -> Float[Tensor, "B L 2 K S D"]:
-        """The cache in its logical order."""
+        """Return the cache in its logical order."""
         return self.memory.transpose(0, 1)
 
     def insert_kv(
-        self, layer: int, kv: Float[Tensor, "B 2 K T D"], positions: Int[Tensor, "B T"] | slice
-    ) -> Float[Tensor, "B 2 K S D"]:
-        """Write keys and values of the first B rows at their positions, or all at the same; return those rows' cache."""
-        cached = self.memory[layer, : len(kv)]
-        if isinstance(positions, slice):
-            cached[:, :, :, positions] = kv
-        else:
-            cached[self.rows[: len(kv), None], :, :, positions] = kv.permute(0, 3, 1, 2, 4)  # (B, T, 2, K, D)
-        return cached
+        self, layer: int, k: Float[Tensor, "B K T D"], v: Float[Tensor, "B K T D"]
+    ) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
+        """Append keys and values to the first B rows, and return all that these rows hold, padded to the longest.
 
-    def copy_rows(self, targets: list[int], sources: list[int], length: int, source: "KVCache | None" = None) -> None:
-        """Copy the first `length` positions of rows of `source` (or this cache) to rows of this cache."""
-        if targets:
-            self.memory[:, targets, :, :, :length] = (source or self).memory[:, sources, :, :, :length]
+        What lies beyond a row's length is not cleared: a mask hides it. There are no gradients.
+        """
+        B, _, T, _ = k.shape
+        if layer == 0:  # the first layer of a forward pass moves the rows on; the others write where it did
+            self._make_room(B, T)
+        keys, values = self.memory[layer, :B].unbind(1)  # (B, K, S, D) each
+        for cached, new in ((keys, k), (values, v)):
+            if isinstance(self._at, slice):
+                cached[:, :, self._at] = new.detach()
+            else:  # indexing by rows and positions puts these two first: (B, T, K, D)
+                cached[self._at[0], :, self._at[1]] = new.detach().transpose(1, 2).to(cached.dtype)
+        end = max(self.lengths[:B])
+        return keys[:, :, :end], values[:, :, :end]
 
-
-class _Layer(CacheLayerMixin):
-    """A layer's share of the tensor under transformers' interface: all rows are filled to the same length."""
-
-    is_croppable = True
-
-    def __init__(self, cached: Float[Tensor, "B 2 K S D"]) -> None:
-        super().__init__()
-        self.keys, self.values = cached[:, 0], cached[:, 1]
-        self.batch_size, self.length, self.is_initialized = len(cached), 0, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing is left to do: the memory is there from the start."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append (B, K, T, D) keys and values; all that is cached comes back, without gradients."""
-        assert self.keys is not None
-        assert self.values is not None
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if len(key_states) != self.batch_size or self.length > self.get_max_length():
+    def _make_room(self, B: int, T: int) -> None:
+        """Count T more tokens in the first B rows, and note where they go: one slice, or rows and positions (B, T)."""
+        lengths = [length + T for length in self.lengths[:B]]
+        if len(lengths) < B or max(lengths) > self.get_max_length():
             raise ValueError(
-                f"this KVCache holds {self.batch_size} rows of {self.get_max_length()} tokens, "
-                f"not {len(key_states)} of {self.length}: make a larger one"
+                f"this KVCache holds {len(self.lengths)} rows of {self.get_max_length()} tokens, "
+                f"not {B} of {max(lengths)}: make a larger one"
             )
-        self.keys[:, :, start : self.length] = key_states.detach()
-        self.values[:, :, start : self.length] = value_states.detach()
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        self.lengths[:B] = lengths
+        end, device = lengths[0], self.memory.device
+        self._at: slice | tuple[Tensor, Tensor] = slice(end - T, end)
+        if min(lengths) < max(lengths):
+            starts = torch.tensor(lengths, device=device)[:, None] - T
+            self._at = torch.arange(B, device=device)[:, None], starts + torch.arange(T, device=device)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Cached and new tokens, and the first one's offset."""
-        return self.length + query_length, 0
+    def rows(self, first: int, last: int) -> "KVCache":
+        """Return rows of this cache, emptied, as a cache of their own that shares the memory."""
+        part = copy.copy(self)
+        part.memory, part.lengths = self.memory[:, first:last], [0] * (last - first)
+        return part
 
-    def get_seq_length(self) -> int:
-        """Tokens cached."""
-        return self.length
+    def copy_rows(self, targets: list[int], sources: list[int]) -> None:
+        """Copy rows of this cache to other rows of it."""
+        if targets:
+            end = max(self.lengths[source] for source in sources)
+            self.memory[:, targets, :, :, :end] = self.memory[:, sources, :, :, :end]
+            for target, source in zip(targets, sources, strict=True):
+                self.lengths[target] = self.lengths[source]
 
-    def get_max_length(self) -> int:
-        """Tokens that there is room for."""
-        assert self.keys is not None
-        return self.keys.shape[2]
+    # What follows is transformers' interface.
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        return self.insert_kv(layer_idx, key_states, value_states)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of the longest row."""
+        del layer_idx
+        return max(self.lengths)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return the tokens that a row has room for."""
+        del layer_idx
+        return self.memory.shape[4]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return cached and new tokens, and the offset of the first."""
+        del layer_idx
+        return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
-        """Forget all."""
-        self.length = 0
+        """Forget all tokens."""
+        self.lengths = [0] * len(self.lengths)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens; their number is given below zero, as transformers does."""
-        self.length += tokens_to_remove
+        self.lengths = [length + tokens_to_remove for length in self.lengths]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
-        for cached in (self.keys, self.values):
-            assert cached is not None
-            cached[:, :, : self.length] = cached[beam_idx, :, : self.length]
+        """Let row i become what row beam_idx[i] was."""
+        self.copy_rows(list(range(len(beam_idx))), beam_idx.tolist())

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from edu.data.packing import IGNORE
 from edu.model.linear import at_least_fp32, product
 
 CHUNK = 1024
@@ -132,7 +131,7 @@ def head_weighted_sum(
 ) -> Float[Tensor, ""]:
     """Return the sum of weights times log-probabilities of the targets, in nats and fp32: the head of a training step.
 
-    Zero-weight positions (most of them in SFT) are skipped. Weights are 0 wherever targets are IGNORE.
+    Zero-weight positions (most of them in SFT) are skipped. Weights are 0 wherever targets are negative.
     """
     hidden, weight = _autocast(hidden, weight)
     rows, target, w = _select(weights != 0, hidden, targets.clamp(min=0), weights)
@@ -142,9 +141,9 @@ def head_weighted_sum(
 def head_log_probs(
     hidden: Float[Tensor, "B T C"], weight: Float[Tensor, "V C"], targets: Int[Tensor, "B T"], cap: float | None
 ) -> Float[Tensor, "B T"]:
-    """Return the log-probability of each target, in nats and fp32; 0.0 where the target is IGNORE."""
+    """Return the log-probability of each target, in nats and fp32; 0.0 where the target is negative."""
     hidden, weight = _autocast(hidden, weight)
-    kept = targets != IGNORE
+    kept = targets >= 0
     rows, target = _select(kept, hidden, targets.clamp(min=0))
     found = _LogProbs.apply(rows, weight, target, cap)
     if torch.compiler.is_compiling():

@@ -135,7 +135,7 @@ def lay_out(pieces: Sequence[TrainingExample], sequence_length: int, batch_size:
 
 
 def assemble(part: Part, pieces: Sequence[TrainingExample], pad: int = 0) -> Batch:
-    """A micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few programs (`edu.fast.operators`)."""
+    """A micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few compiled programs."""
     rows = [[joined([pieces[i] for i in bundle]) for bundle in row] for row in part] or [[]]
     longest = max(1, *(sum(len(piece.ids) - 1 for piece in row) for row in rows))
     return collate(rows, -(-longest // 16) * 16, pad)
