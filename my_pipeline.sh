@@ -53,9 +53,14 @@ install() {
     case "${OS:-}" in Windows*) bin=.venv/Scripts ;; esac
     export PATH="$PWD/$bin:$PATH"
     unset PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX # they would lead past .venv
-    for stamp in "${stamps[@]}"; do # complete, and of this very folder?
-        if [ "$stamp" -nt pyproject.toml ] &&
-            "$bin/python" -P -c 'import edu, os, sys; sys.exit(not os.path.samefile(edu.__path__[0], "edu"))' 2>/dev/null; then return; fi
+    if [ -e .venv/.installed ] || [ -e .venv/.installed-dev ]; then # commands in a .venv hold the path of their folder
+        "$bin/python" -P -c 'import edu, os, sys; sys.exit(not os.path.samefile(edu.__path__[0], "edu"))' 2>/dev/null || {
+            echo ".venv is of another folder, or broken: it is made anew"
+            rm -rf .venv
+        }
+    fi
+    for stamp in "${stamps[@]}"; do
+        if [ "$stamp" -nt pyproject.toml ]; then return; fi
     done
     stage "installation" "3 to 15 minutes" "nothing until it is done; the first time it downloads about 0.5 GB (on Linux, with CUDA, 3 GB)"
     if [ -x "$bin/python" ] && ! fits "$bin/python"; then
@@ -69,7 +74,7 @@ install() {
         fits "$python" || fail "PYTHON=$python is not Python 3.11 to 3.13; name another, or leave it out"
         "$python" -c 'import ensurepip, venv' 2>/dev/null ||
             fail "$python cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) and run this again"
-        "$python" -m venv --clear .venv # also where an earlier one was left half-made
+        "$python" -m venv --clear .venv # also where one was left half-made
     fi
     "$bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar off -e ".$extras" ||
         fail "the installation failed, see above; run this again, it goes on from what is there"

@@ -119,9 +119,11 @@ def test_a_half_made_venv_is_made_anew_and_one_of_another_python_is_named(machin
     assert "rm -r .venv" in complaint(machine.run(WRONG_VERSION="1"))
 
 
-def test_a_project_that_was_moved_is_installed_again(machine: Machine) -> None:
+def test_a_project_that_was_moved_gets_a_new_venv(machine: Machine) -> None:
+    """The commands in a .venv begin with the path of their Python."""
     machine.run()
     assert machine.run(MOVED="1").returncode == 0
+    assert machine.calls().count("-m venv") == 2
     assert machine.calls().count("-m pip install") == 2
 
 
