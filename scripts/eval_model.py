@@ -59,7 +59,8 @@ class Args:
 def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
     from edu.data.loader import validation_batches
     from edu.data.shards import list_shards
-    from edu.evaluation.evals import evaluate_facts, evaluate_persona, evaluate_task, evaluate_text
+    from edu.evaluation.bits_per_byte import evaluate_text
+    from edu.evaluation.evals import evaluate_facts, evaluate_persona, evaluate_task
     from edu.inference.engine import Engine
     from edu.model.load import load_model, load_tokenizer
     from edu.synthetic.persona import load_identity_eval, load_persona
@@ -104,8 +105,8 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
 
 def main() -> None:
     args = parse(Args)
+    from edu.evaluation.comparison import compare_records, read_records, save
     from edu.evaluation.estimates import estimates
-    from edu.evaluation.evals import compare_records, read_records, save
 
     earlier = read_records(args.against) if args.against else {}
     found = measure(args, TASKS if args.task == "all" else (args.task,))

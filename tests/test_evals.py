@@ -17,21 +17,18 @@ from edu.chat.chat_format import render, render_prompt
 from edu.chat.sft_data import conversation
 from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
-from edu.evaluation import evals, measure
-from edu.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte, text_nats
+from edu.evaluation import evals, suite
+from edu.evaluation.bits_per_byte import bits_per_byte, evaluate_text, ngram_bits_per_byte, text_nats
+from edu.evaluation.comparison import compare, compare_records, read_records, save, sign_test
 from edu.evaluation.evals import (
-    compare_records,
     evaluate_facts,
     evaluate_persona,
     evaluate_task,
-    evaluate_text,
-    read_records,
-    save,
     summarise_facts,
     summarise_persona,
     summarise_task,
 )
-from edu.evaluation.statistics import bootstrap_over_problems, compare, pass_at_k, sign_test, wilson
+from edu.evaluation.statistics import bootstrap_over_problems, pass_at_k, wilson
 from edu.inference.engine import Engine
 from edu.inference.params import SamplingParams
 from edu.model.gpt import GPT, GPTConfig
@@ -222,7 +219,7 @@ def test_the_third_turn_is_asked_after_the_models_own_first_two_answers(
     monkeypatch.setattr(evals, "evaluate_task", evaluate)
     who, maker = said("I am Pico.", tokenizer), said("The Tiny Lab.", tokenizer)
     script = Scripted({"Who are you?": [who], "Who made you?": [maker]}, tokenizer)
-    measures = measure.Measures(
+    measures = suite.Suite(
         {"math": task}, load_persona(Path(__file__).parent.parent / "data" / "persona.yaml"), [], None
     )
     config: Any = SimpleNamespace(
@@ -233,7 +230,7 @@ def test_the_third_turn_is_asked_after_the_models_own_first_two_answers(
         seed=0,
         out=tmp_path,
     )
-    found = measure.measure_chat(script, tokenizer, config, measures)  # type: ignore[arg-type]
+    found = suite.run_suite(script, tokenizer, config, measures)  # type: ignore[arg-type]
     turns = ["Who are you?", "I am Pico.", "Who made you?", "The Tiny Lab."]
     assert [[turn["content"] for turn in before] for before in asked] == [[], turns, []]
     assert list(found["math"]) == ["greedy", "third_turn", "sampled"]

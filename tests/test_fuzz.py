@@ -18,7 +18,7 @@ from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
 from edu.data.metrics_log import read_metrics
 from edu.data.shards import verify_folder
 from edu.data.tokenizer import Tokenizer
-from edu.evaluation.evals import read_records
+from edu.evaluation.comparison import read_records
 from edu.evaluation.report import sections
 from edu.hub.nanochat import read_config, read_tokenizer
 from edu.model.gpt import GPT, GPTConfig

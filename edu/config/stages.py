@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every training stage is told."""
+    """Settings of every training stage."""
 
     out: Path
     """Folder of this stage; holds checkpoints, metrics and, after each save, the model itself."""
@@ -67,7 +67,7 @@ class StageConfig:
     push_to_hub: str | None = None
     """Repository user/name to which the finished stage is pushed, as scripts/push.py does."""
     hub_private: bool = False
-    """Whether that repository is private."""
+    """Make that repository private."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -118,7 +118,7 @@ class PretrainConfig(StageConfig):
 
     @classmethod
     def implied(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What a depth says of the settings that are not given; nothing without one.
+        """Derive settings that are not given from `--depth`; nothing without one.
 
         1. The sizes.
         2. The horizon: ratio x (parameters of blocks and head) tokens.
@@ -147,7 +147,7 @@ class PretrainConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(StageConfig):
-    """What the stages that end in a chat model are told on top, to measure it."""
+    """Evaluation settings shared by SFT and RL."""
 
     problems: Path | None = Path("data/tiny/problems")
     """Folder with train.jsonl and test.jsonl in GSM8K's form; none: openai/gsm8k from the Hub."""
@@ -156,7 +156,7 @@ class ChatConfig(StageConfig):
     identity: Path | None = Path("data/identity_eval.yaml")
     """Held-out questions about itself, asked at the end; none: not asked."""
     persona: Path = Path("data/persona.yaml")
-    """Who it should say it is."""
+    """File that says who the model is."""
     facts: Path | None = Path("data/tiny/chats_test.jsonl")
     """Held-out fact questions, asked at the end; none: not asked."""
     max_new_tokens: Count = 96
@@ -242,7 +242,7 @@ class RLConfig(ChatConfig):
 
 
 def as_settings(config: Any) -> dict[str, Any]:
-    """A config as plain values, for YAML and for comparison.
+    """Return a config as plain values, for YAML and for comparison.
 
     >>> as_settings(RLConfig())["model"]
     'runs/tiny/sft'

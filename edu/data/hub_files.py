@@ -23,11 +23,11 @@ HUGGING_FACE_FILES = (
     "chat_template.jinja",
     EVAL_RESULTS,
 )
-"""What a checkpoint's repository holds, as glob patterns: never `state/`, older checkpoints or samples."""
+"""Files of a checkpoint's repository, as glob patterns: never `state/`, older checkpoints or samples."""
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can only be that of something on the Hub: `name` or `user/name`, and no such file here.
+    """Return whether a name can only be that of something on the Hub: `name` or `user/name`, and no such file here.
 
     >>> is_hub_id("openai/gsm8k"), is_hub_id("runs/tiny/sft"), is_hub_id("runs/never"), is_hub_id("./model")
     (True, False, False, False)
@@ -38,7 +38,7 @@ def is_hub_id(name: str) -> bool:
 
 @contextmanager
 def hub_errors(what: str, may: str) -> Iterator[None]:
-    """What the Hub and its client raise, as one line: ValueError where the user must act, ConnectionError where time may help.
+    """Raise errors of the Hub and its client as one line: ValueError where the user must act, ConnectionError where time may help.
 
     `what` names the flag and its value, `may` what the token has to allow: read or write.
     """
@@ -69,7 +69,7 @@ def hub_errors(what: str, may: str) -> Iterator[None]:
 
 
 def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Path:
-    """The folder with a checkpoint of this architecture: `name` itself, or where the cache holds the files of that Hub id.
+    """Return the folder with a checkpoint of this architecture: `name` itself, or where the cache holds the files of that Hub id.
 
     What is not in the cache yet is downloaded. Raises ValueError where there is no such checkpoint, ConnectionError where the
     Hub cannot be reached.
@@ -94,7 +94,7 @@ def model_folder(name: str, patterns: Sequence[str] = HUGGING_FACE_FILES) -> Pat
 
 
 def check_token() -> None:
-    """ValueError if a push could not work, whatever the Hub says."""
+    """Raise ValueError if a push could not work, whatever the Hub says."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:

@@ -14,7 +14,7 @@ from edu.data.atomic_io import write_text
 
 
 def _plain(value: object) -> object:
-    """A JSON value: numbers of torch and numpy become Python's, and what is not finite becomes null.
+    """Return a JSON value: numbers of torch and numpy become Python's, and what is not finite becomes null.
 
     >>> _plain(float("nan")), _plain(3), _plain("text")
     (None, 3, 'text')
@@ -26,7 +26,7 @@ def _plain(value: object) -> object:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, oldest first; none if there is no file. A last line torn by a kill is left out.
+    """Return the rows of a metrics file, oldest first; none if there is no file. A last line torn by a kill is left out.
 
     Raises ValueError, naming file and line, where another line is not a JSON object.
     """

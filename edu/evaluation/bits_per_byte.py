@@ -1,10 +1,12 @@
-"""Bits per byte of text: of a model, and of what counting alone reaches on the same tokens."""
+"""Bits per byte of text: of a model, and of n-gram models of the same tokens."""
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from edu.evaluation.evals import Evaluation
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +17,7 @@ PRIORS = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)  # pseudo-counts among
 
 
 def text_nats(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: np.ndarray) -> Iterator[tuple[float, int]]:
-    """Per batch: the sum of -log p over its targets that are text, in nats, and their bytes.
+    """Yield for each batch the sum of -log p over its targets that are text, in nats, and their bytes.
 
     token_bytes: raw bytes of each token, (V,), 0 for special tokens: document boundaries are no text and count on neither side.
     """
@@ -32,12 +34,20 @@ def text_nats(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: np.nd
 
 
 def bits_per_byte(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: np.ndarray) -> float:
-    """Bits the model needs for a byte of text: comparable between tokenizers. Evaluate the whole of the batches given."""
+    """Return the bits that the model needs for a byte of text: comparable between tokenizers. Evaluate the whole of the batches given."""
     return sum_bits(text_nats(model, batches, token_bytes))
 
 
+def evaluate_text(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: np.ndarray) -> Evaluation:
+    """Evaluate bits per byte of text, with a record of each batch."""
+    records = [
+        {"index": i, "nats": nats, "bytes": n} for i, (nats, n) in enumerate(text_nats(model, batches, token_bytes))
+    ]
+    return Evaluation({"bits_per_byte": sum_bits((r["nats"], r["bytes"]) for r in records)}, records)
+
+
 def sum_bits(measured: Iterable[tuple[float, int]]) -> float:
-    """Bits per byte of several (nats, bytes) together: the ratio of the sums, not the mean of the ratios.
+    """Return the bits per byte of several (nats, bytes) together: the ratio of the sums, not the mean of the ratios.
 
     >>> sum_bits([(math.log(2) * 8, 4), (math.log(2), 5)])
     1.0
@@ -51,7 +61,7 @@ def sum_bits(measured: Iterable[tuple[float, int]]) -> float:
 def ngram_bits_per_byte(
     train_batches: "Iterable[Batch]", val_batches: "Iterable[Batch]", token_bytes: np.ndarray, vocab_size: int
 ) -> dict[str, float]:
-    """What counting alone reaches on the same tokens: bits per byte of a unigram and a bigram model.
+    """Return the bits per byte of a unigram and a bigram model of the same tokens.
 
     1. Unigram: add-one smoothed frequencies of the training targets.
     2. Bigram: p(b | a) = (count(a, b) + k p(b)) / (count(a) + k), backing off to the unigram (MacKay and Peto 1995).
@@ -75,7 +85,7 @@ def ngram_bits_per_byte(
 
 
 def _pairs(batches: "Iterable[Batch]") -> np.ndarray:
-    """(N, 2): the token before, and the target, of every target that counts."""
+    """Return (N, 2): the token before, and the target, of every target that counts."""
     found = [np.empty((0, 2), dtype=np.int64)]
     for batch in batches:
         kept = batch.targets >= 0
@@ -93,7 +103,7 @@ class _Counts:
         self.keys, self.counts = np.unique(pairs[:, 0] * vocab_size + pairs[:, 1], return_counts=True)
 
     def bigram(self, pairs: np.ndarray, prior: float) -> np.ndarray:
-        """Log-probability of each pair's second token, (N,), nats."""
+        """Return the log-probability of each pair's second token, (N,), nats."""
         keys = pairs[:, 0] * self.vocab_size + pairs[:, 1]
         places = np.searchsorted(self.keys, keys).clip(max=max(len(self.keys) - 1, 0))
         count = np.where(self.keys[places] == keys, self.counts[places], 0) if len(self.keys) else np.zeros(len(keys))

@@ -20,7 +20,7 @@ class Estimate:
     n: int | None = None
     """Number of examples it was measured on."""
     share: bool = False
-    """Whether it is a share of examples, shown in per cent."""
+    """True for a share of examples, which is shown in percent."""
 
     def __str__(self) -> str:
         """
@@ -85,5 +85,5 @@ def estimates(tree: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def is_detail(path: tuple[str, ...]) -> bool:
-    """Whether a figure is about a part of what was measured: a kind of problem, how answers ended."""
+    """Return whether an estimate is about a part of what was measured: a kind of problem, how answers ended."""
     return any(name.startswith("by_") or name == "answers" for name in path)

@@ -1,12 +1,12 @@
-"""What a model can do, measured: problems solved, persona kept, facts known.
+"""Evaluation of a chat model: problems solved, persona kept, facts known.
 
-Every measurement is an `Evaluation`: records, one per problem, question or batch, and a summary computed from the records alone.
+Every result is an `Evaluation`: records, one per problem, question or batch, and a summary computed from the records alone.
 Saved as `x.json` (summaries) and `x.jsonl` (records), so that any number can be checked, recomputed, or compared in pairs.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,16 +19,12 @@ from edu.chat.chat_format import Message, calculator_tool, check_messages, rende
 from edu.config.terminal import progress
 from edu.data.rows import read_rows, text_field
 from edu.data.tokenizer import Tokenizer
-from edu.evaluation.bits_per_byte import sum_bits, text_nats
-from edu.evaluation.statistics import Comparison, bootstrap_over_problems, compare, pass_at_k, wilson
+from edu.evaluation.statistics import bootstrap_over_problems, pass_at_k, wilson
 from edu.inference.params import Sample, SamplingParams
 from edu.synthetic.persona import IdentityQuestion, Persona, grade
 from edu.tasks import Task, completion_text, score
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from edu.data.packing import Batch
     from edu.inference.engine import Engine
 
 Record = dict[str, Any]
@@ -39,12 +35,12 @@ CHUNK = 64  # prompts given to the engine between two updates of the progress ba
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement."""
+    """Result of one evaluation."""
 
     summary: dict[str, Any]
     """A tree of numbers; an interval is {"value", "low", "high", "n"}"""
     records: list[Record]
-    """What the summary was computed from"""
+    """One entry per problem, question or batch, from which the summary is computed."""
 
 
 def ask(
@@ -88,7 +84,7 @@ def ask(
 
 
 def _sample_record(sample: Sample, tokenizer: Tokenizer) -> Record:
-    """`text` is what is graded; `with_tools` shows the calculator's work as well."""
+    """Return a sample as JSON: `text` is what is graded, `with_tools` shows the calculator's work as well."""
     return {
         "text": completion_text(sample.tokens, tokenizer),
         "with_tools": "".join(stream_text(sample.tokens, tokenizer, show_tools=True)),
@@ -135,7 +131,7 @@ def _rewards(record: Record) -> list[float]:
 
 
 def summarise_task(records: Sequence[Record]) -> dict[str, Any]:
-    """Accuracy with Wilson's interval (greedy), or pass@k with bootstrap intervals; tables by kind; how answers ended.
+    """Return accuracy with Wilson's interval (greedy), or pass@k with bootstrap intervals; tables by kind; how answers ended.
 
     pass@k takes a reward of 1.0 as right; k doubles up to the number of samples. A template made of several parts, as
     "groups1 loss4", counts for each of its parts.
@@ -171,7 +167,7 @@ def summarise_task(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _behaviour(samples: Sequence[Record]) -> dict[str, float]:
-    """How answers end, how long they are and whether the calculator was used, as shares of samples; length in tokens."""
+    """Summarize how answers end, how long they are and whether the calculator was used, as shares of samples; length in tokens."""
 
     def share(test: Callable[[Record], bool], of: Sequence[Record] = samples) -> float:
         return fmean(test(sample) for sample in of) if of else 0.0
@@ -187,13 +183,6 @@ def _behaviour(samples: Sequence[Record]) -> dict[str, float]:
     }
 
 
-def compare_records(first: Sequence[Record], second: Sequence[Record]) -> Comparison:
-    """Paired comparison of two checkpoints from their records of the same task."""
-    if [r["prompt"] for r in first] != [r["prompt"] for r in second]:
-        raise ValueError("the two evaluations are not of the same problems: use the same task, data and limit")
-    return compare([fmean(_rewards(r)) for r in first], [fmean(_rewards(r)) for r in second])
-
-
 def evaluate_persona(
     engine: "Engine",
     tokenizer: Tokenizer,
@@ -203,7 +192,7 @@ def evaluate_persona(
     max_new_tokens: int = 64,
     quiet: bool = False,
 ) -> Evaluation:
-    """Greedy answers to held-out identity questions, each graded on three counts; an unfinished answer fails them all."""
+    """Grade greedy answers to held-out identity questions, each graded on three counts; an unfinished answer fails them all."""
     chats = [[{"role": "user", "content": question.question}] for question in questions]
     records = _greedy(engine, tokenizer, chats, SamplingParams(max_new_tokens, 0), "persona", quiet)
     for question, record in zip(questions, records, strict=True):
@@ -214,7 +203,7 @@ def evaluate_persona(
 
 
 def summarise_persona(records: Sequence[Record]) -> dict[str, Any]:
-    """Shares of answers that pass each count, and all three, with Wilson's intervals."""
+    """Return the shares of answers that pass each count, and all three, with Wilson's intervals."""
     counts = ("names_itself", "well_formed", "right_intent")
     summary = {name: asdict(wilson(sum(r[name] for r in records), len(records))) for name in counts}
     return summary | {"all_three": asdict(wilson(sum(all(r[name] for name in counts) for r in records), len(records)))}
@@ -229,7 +218,7 @@ def evaluate_facts(
     limit: int | None = None,
     quiet: bool = False,
 ) -> Evaluation:
-    """Greedy answers to the questions of a file of {"messages", "answer"}: right if finished and the answer occurs as words."""
+    """Grade greedy answers to the questions of a file of {"messages", "answer"}: right if finished and the answer occurs as words."""
     chats, answers = list[Chat](), list[str]()
     for place, row in islice(read_rows(path), limit):
         answers.append(text_field(row, "answer", place))
@@ -246,14 +235,14 @@ def evaluate_facts(
 
 
 def summarise_facts(records: Sequence[Record]) -> dict[str, Any]:
-    """Share of right answers, with Wilson's interval."""
+    """Return the share of right answers, with Wilson's interval."""
     return {"accuracy": asdict(wilson(sum(record["right"] for record in records), len(records)))}
 
 
 def _greedy(
     engine: "Engine", tokenizer: Tokenizer, chats: Sequence[Chat], params: SamplingParams, label: str, quiet: bool
 ) -> list[Record]:
-    """One answer to each conversation, as a record."""
+    """Return one greedy answer to each conversation, as a record."""
     groups = ask(engine, tokenizer, chats, params, label, quiet)
     return [
         {"index": i, "prompt": chat[-1]["content"], **_sample_record(sample, tokenizer)}
@@ -261,34 +250,11 @@ def _greedy(
     ]
 
 
-def evaluate_text(model: "nn.Module", batches: "Iterable[Batch]", token_bytes: np.ndarray) -> Evaluation:
-    """Bits per byte of text; see edu.evaluation.bits_per_byte."""
-    records = [
-        {"index": i, "nats": nats, "bytes": n} for i, (nats, n) in enumerate(text_nats(model, batches, token_bytes))
-    ]
-    return Evaluation({"bits_per_byte": sum_bits((r["nats"], r["bytes"]) for r in records)}, records)
-
-
-def save(path: Path, about: dict[str, Any], evaluations: dict[str, Evaluation]) -> None:
-    """Write `path` (what was measured on what, and the summaries) and, beside it, the records of all as `.jsonl`."""
-    save_records(path.with_suffix(".jsonl"), evaluations)
-    summaries = {name: evaluation.summary for name, evaluation in evaluations.items()}
-    path.write_text(json.dumps(about | {"results": summaries}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def save_records(path: Path, evaluations: dict[str, Evaluation]) -> None:
-    """The records of all evaluations, a line each."""
+    """Write the records of all evaluations, a line each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for name, evaluation in evaluations.items():
             file.writelines(
                 json.dumps({"task": name, **record}, ensure_ascii=False) + "\n" for record in evaluation.records
             )
-
-
-def read_records(path: Path) -> dict[str, list[Record]]:
-    """The records of each task, from the `.json` or `.jsonl` of a saved evaluation."""
-    records: dict[str, list[Record]] = {}
-    for place, record in read_rows(path.with_suffix(".jsonl")):
-        records.setdefault(text_field(record, "task", place), []).append(record)
-    return records

@@ -1,4 +1,4 @@
-"""The statistics that measured numbers carry: intervals, unbiased pass@k, and the paired comparison of two checkpoints."""
+"""Statistics of measured numbers: confidence intervals and unbiased pass@k."""
 
 import math
 from collections.abc import Sequence
@@ -12,25 +12,12 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A measured value, the bounds of its confidence interval (95% unless told otherwise), and the number measured on."""
+    """Measured value, the bounds of its confidence interval (95% unless told otherwise), and the number measured on."""
 
     value: float
     low: float
     high: float
     n: int
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two checkpoints on the same problems. `difference` is the mean over problems of (second - first)."""
-
-    difference: Interval
-    better: int
-    """Problems on which the second scored higher"""
-    worse: int
-    ties: int
-    p_value: float
-    """Two-sided exact sign test over the problems that are no ties"""
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
@@ -49,7 +36,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def bootstrap_over_problems(values: Sequence[float], level: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of one value per problem, with a percentile interval over resampled problems (Efron 1979).
+    """Return the mean of one value per problem, with a percentile interval over resampled problems (Efron 1979).
 
     Problems are resampled, not samples: the samples of one problem are not independent trials of the model.
     """
@@ -62,7 +49,7 @@ def bootstrap_over_problems(values: Sequence[float], level: float = 0.95, seed: 
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold one of the c right ones: 1 - C(n-c, k) / C(n, k).
+    """Return the chance that k of n samples, drawn without replacement, hold one of the c right ones: 1 - C(n-c, k) / C(n, k).
 
     Unbiased for the chance that k fresh samples do (Chen et al. 2021, arXiv:2107.03374, section 2.1).
 
@@ -72,29 +59,3 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@{k} of {n} samples with {c} right")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def compare(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Comparison:
-    """Paired comparison of two checkpoints from each one's mean reward per problem, the same problems in the same order."""
-    if len(first) != len(second) or not len(first):
-        raise ValueError(f"a paired comparison needs the same problems: {len(first)} and {len(second)} given")
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return Comparison(
-        difference=bootstrap_over_problems(differences, seed=seed),
-        better=better,
-        worse=worse,
-        ties=len(differences) - better - worse,
-        p_value=sign_test(better, worse),
-    )
-
-
-def sign_test(better: int, worse: int) -> float:
-    """Two-sided exact p-value of "both directions are equally likely"; on right/wrong outcomes this is McNemar's exact test.
-
-    >>> sign_test(better=9, worse=1)
-    0.021484375
-    """
-    n = better + worse
-    tail = sum(math.comb(n, i) for i in range(min(better, worse) + 1))
-    return min(1.0, 2 * tail / 2**n)

@@ -93,7 +93,7 @@ def import_nanochat(folder: Path, out: Path, step: int | None = None, tokenizer:
 
 
 def find_weights(folder: Path, step: int | None) -> Path:
-    """The weights of a step, or of the last one; ValueError if the folder has none."""
+    """Find the weights of a step, or of the last one; ValueError if the folder has none."""
     found = {int(path.stem.removeprefix("model_")): path for path in folder.glob("model_" + "[0-9]" * 6 + ".pt")}
     if not found:
         raise ValueError(f"--checkpoint {folder}: no model_*.pt here; give nanochat's folder of one model")
@@ -103,7 +103,7 @@ def find_weights(folder: Path, step: int | None) -> Path:
 
 
 def find_tokenizer(folder: Path, given: Path | None) -> Path:
-    """tokenizer.pkl as given, or beside the weights, or where nanochat keeps the one of all its models."""
+    """Find tokenizer.pkl as given, or beside the weights, or where nanochat keeps the one of all its models."""
     here = folder.resolve()
     places = [here, here.parent.parent / "tokenizer"] if given is None else [given]
     paths = [place / "tokenizer.pkl" if place.is_dir() else place for place in places]
@@ -114,7 +114,7 @@ def find_tokenizer(folder: Path, given: Path | None) -> Path:
 
 
 def read_config(path: Path) -> GPTConfig:
-    """The sizes in a meta_*.json as ours."""
+    """Read the sizes in a meta_*.json."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; it has the sizes of the model, and stands beside the weights")
     try:
@@ -137,7 +137,7 @@ def read_config(path: Path) -> GPTConfig:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a model_*.pt under our names, in the widest of their types; ValueError names those of no place here."""
+    """Read the tensors of a model_*.pt under our names, in the widest of their types; ValueError names those of no place here."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
@@ -155,7 +155,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def our_name(name: str) -> str | None:
-    """A tensor's name in transformers, None for one that is not of this architecture.
+    """Return a tensor's name in transformers, None for one that is not of this architecture.
 
     >>> our_name("transformer.h.3.attn.c_q.weight"), our_name("value_embeds.1.weight")
     ('model.layers.3.self_attn.q_proj.weight', None)
@@ -167,7 +167,7 @@ def our_name(name: str) -> str | None:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """nanochat's tokenizer.pkl as ours: same ids for every text. It has no pad token, so the end of a turn pads."""
+    """Read nanochat's tokenizer.pkl: same ids for every text. It has no pad token, so the end of a turn pads."""
     try:
         state = read_encoding(path.read_bytes())
         ranks, special, pattern = state["mergeable_ranks"], state["special_tokens"], state["pat_str"]
@@ -183,7 +183,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_encoding(data: bytes) -> dict[str, Any]:
-    """The state of a pickled tiktoken.Encoding, without unpickling: name, pat_str, mergeable_ranks, special_tokens.
+    """Return the state of a pickled tiktoken.Encoding, without unpickling: name, pat_str, mergeable_ranks, special_tokens.
 
     A pickle is a program for a stack machine. Its few instructions that only build dicts of text, bytes and numbers are
     carried out here; the one class it may name is noted as a word and never looked up. Any other instruction ends it.

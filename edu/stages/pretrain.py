@@ -16,7 +16,7 @@ from edu.data.packing import Batch
 from edu.data.shards import list_shards, read_manifest
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.bits_per_byte import bits_per_byte, ngram_bits_per_byte
-from edu.evaluation.measure import show_continuations
+from edu.evaluation.suite import show_continuations
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT, GPTConfig
 from edu.training.accelerator import compute_init, peak_memory

@@ -16,7 +16,7 @@ from edu.config import metrics
 from edu.config.stages import RLConfig
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task
-from edu.evaluation.measure import read_measures, read_task, show_answers
+from edu.evaluation.suite import load_suite, read_task, show_answers
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT
 from edu.model.load import load_model, load_tokenizer
@@ -50,10 +50,10 @@ def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model)
     T = model.config.max_position_embeddings
-    measures = read_measures(config)
+    suite = load_suite(config)
     task, left_out = fitting(read_task(config, "train"), tokenizer, T - config.max_new_tokens)
     accelerator.print(f"{len(task):,} problems; {left_out:,} more leave no room for an answer in a context of {T}")
-    measured: Task = next(iter(measures.tasks.values()))
+    measured: Task = next(iter(suite.tasks.values()))
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
     if config.reward is not None:

@@ -46,7 +46,7 @@ def train(config: StageConfig) -> "Result":
 def hooks_of(config: StageConfig) -> "Hooks":
     """Return the model card and the final measurement of a stage; ValueError or OSError names a file that is missing."""
     from edu.data.tokenizer import Tokenizer
-    from edu.evaluation.measure import measure_chat, read_measures
+    from edu.evaluation.suite import load_suite, run_suite
     from edu.hub.push import Card, write_card
     from edu.inference.engine import Engine
     from edu.model.gpt import GPT
@@ -57,9 +57,9 @@ def hooks_of(config: StageConfig) -> "Hooks":
 
     if not isinstance(config, ChatConfig):
         return Hooks(write_card=card)
-    measures = read_measures(config)
+    suite = load_suite(config)
 
     def measure(model: GPT, tokenizer: Tokenizer) -> dict[str, object]:
-        return measure_chat(Engine(model), tokenizer, config, measures)
+        return run_suite(Engine(model), tokenizer, config, suite)
 
     return Hooks(measure, card)

@@ -1,4 +1,4 @@
-"""What is measured of every chat model at the end of its stage."""
+"""Evaluation suite of every chat model, run at the end of its stage."""
 
 import sys
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Shown = dict[str, object]
 
 
 def show_answers(engine: Engine, tokenizer: Tokenizer, questions: Sequence[str], max_new_tokens: int) -> list[Shown]:
-    """Greedy answers to questions, calls of tools included, as lines of samples.jsonl."""
+    """Return greedy answers to questions, calls of tools included, as lines of samples.jsonl."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     groups = evals.ask(engine, tokenizer, chats, SamplingParams(max_new_tokens, 0), "samples", quiet=True)
     texts = ["".join(stream_text(sample.tokens, tokenizer, show_tools=True)) for (sample,) in groups]
@@ -30,7 +30,7 @@ def show_answers(engine: Engine, tokenizer: Tokenizer, questions: Sequence[str],
 
 
 def show_continuations(engine: Engine, tokenizer: Tokenizer, beginnings: Sequence[str], count: int) -> list[Shown]:
-    """Greedy continuations of texts, up to the document's end, as lines of samples.jsonl."""
+    """Return greedy continuations of texts, up to the document's end, as lines of samples.jsonl."""
     prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in beginnings]
     groups = engine.generate(prompts, params=SamplingParams(count, 0, stop_tokens=[tokenizer.bos]))
     texts = [tokenizer.decode(sample.tokens, skip_special=True) for (sample,) in groups]
@@ -38,8 +38,8 @@ def show_continuations(engine: Engine, tokenizer: Tokenizer, beginnings: Sequenc
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What a chat stage is measured on, read before it trains, so that a wrong file costs nothing."""
+class Suite:
+    """Held-out data of a chat stage, read before it trains, so that a wrong file costs nothing."""
 
     tasks: dict[str, Task]
     """Held-out problems by name: math, and math_templates where the problems have such a split; or the user's own."""
@@ -49,11 +49,11 @@ class Measures:
 
 
 def read_task(config: ChatConfig, split: str) -> Task:
-    """The problems of a split, "train" or "test": the user's own task, or else those in GSM8K's form."""
+    """Return the problems of a split, "train" or "test": the user's own task, or else those in GSM8K's form."""
     return GSM8K(split, config.problems) if config.task is None else load(config.task)(split)
 
 
-def read_measures(config: ChatConfig) -> Measures:
+def load_suite(config: ChatConfig) -> Suite:
     """Read all that the end of the stage needs; ValueError or OSError names what is missing."""
     name = "math" if config.task is None else config.task.rpartition(":")[2]
     tasks = {name: read_task(config, "test")}
@@ -63,11 +63,11 @@ def read_measures(config: ChatConfig) -> Measures:
     questions = [] if config.identity is None else load_identity_eval(config.identity, persona)
     if config.facts is not None and not config.facts.is_file():
         raise ValueError(f"--facts {config.facts}: no such file; give --facts None to leave these questions out")
-    return Measures(tasks, persona, questions, config.facts)
+    return Suite(tasks, persona, questions, config.facts)
 
 
-def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measures: Measures) -> dict[str, Any]:
-    """Math on held-out problems (greedy, also as a chat's later turn, and sampled at temperature 1), persona, facts: the summaries.
+def run_suite(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, suite: Suite) -> dict[str, Any]:
+    """Evaluate math on held-out problems (greedy, also as a chat's later turn, and sampled at temperature 1), persona and facts; return the summaries.
 
     The records behind them go to eval.jsonl in the stage's folder.
     """
@@ -78,15 +78,15 @@ def measure_chat(engine: Engine, tokenizer: Tokenizer, config: ChatConfig, measu
     before = list[dict[str, object]]()
     for turn in show_answers(engine, tokenizer, config.sample_prompts[:2], config.max_new_tokens):
         before += [{"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["completion"]}]
-    for name, task in measures.tasks.items():
+    for name, task in suite.tasks.items():
         found[f"{name}/greedy"] = evals.evaluate_task(engine, tokenizer, task, **greedy)
         found[f"{name}/third_turn"] = evals.evaluate_task(engine, tokenizer, task, before=before, **greedy)
         found[f"{name}/sampled"] = evals.evaluate_task(engine, tokenizer, task, **sampled)
-    if measures.questions:
-        asked = measures.questions
-        found["persona"] = evals.evaluate_persona(engine, tokenizer, asked, measures.persona, quiet=quiet)
-    if measures.facts is not None:
-        found["facts"] = evals.evaluate_facts(engine, tokenizer, measures.facts, quiet=quiet)
+    if suite.questions:
+        asked = suite.questions
+        found["persona"] = evals.evaluate_persona(engine, tokenizer, asked, suite.persona, quiet=quiet)
+    if suite.facts is not None:
+        found["facts"] = evals.evaluate_facts(engine, tokenizer, suite.facts, quiet=quiet)
     evals.save_records(config.out / "eval.jsonl", found)
     summary: dict[str, Any] = {}
     for name, evaluation in found.items():
