@@ -1,5 +1,6 @@
 """The environment: proxies, certificates, endpoints and other exported variables do what their owner means, or are one line."""
 
+import contextlib
 import os
 import ssl
 import subprocess
@@ -15,6 +16,7 @@ from fault_server import Plan, serve
 
 from edu.config.cli import prepare_environment
 from edu.config.network import http_client
+from edu.data.download import Retry
 from edu.data.shards import ShardError, download_shard
 from edu.data.sources import find_source
 
@@ -53,6 +55,11 @@ def tls() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if self.path == "/slow.parquet":  # headers that never end
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(b"x")
+                        time.sleep(0.02)
             self.send_response(200)
             self.send_header("Content-Length", "2")
             self.end_headers()
@@ -83,6 +90,16 @@ def test_an_unknown_certificate_is_one_line_at_once_and_honored_once_it_is_named
     monkeypatch.setenv("SSL_CERT_FILE", environment["SSL_CERT_FILE"])
     with http_client(tls) as client:
         assert client.get(tls).text == "ok"
+
+
+def test_headers_that_trickle_in_have_a_time_limit_with_tls_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tls: str
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(SELF_SIGNED))
+    start = time.monotonic()
+    with pytest.raises(ShardError, match="stalled"):
+        download_shard(0, tmp_path, find_source(f"{tls}/slow.parquet"), retry=Retry(attempts=1, window=0.3))
+    assert time.monotonic() - start < 5
 
 
 def test_servers_on_this_machine_are_reached_whatever_proxy_is_set(

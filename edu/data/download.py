@@ -71,8 +71,9 @@ class Watchdog:
 
     def trace(self, _event: str, info: dict[str, Any]) -> None:
         """Note the sockets that httpx2 opens."""
-        if get := getattr(info.get("return_value"), "get_extra_info", None):
-            self._sockets.append(get("socket"))
+        get = getattr(info.get("return_value"), "get_extra_info", None)
+        if get and isinstance(opened := get("socket"), socket.socket):
+            self._sockets.append(opened)
 
     def _watch(self) -> None:
         before = self.received
