@@ -1,6 +1,7 @@
 """Chapters 8 and 10, and pretraining: each stage learns, resumes bit for bit, and refuses what it cannot do."""
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -362,6 +363,67 @@ def test_utilisation_and_speed_count_the_whole_step_under_accumulation(
     assert cost["memory_kb_per_token"]["expected"] * micro_batch_size * 64 == pytest.approx(
         cost["memory_gib"]["expected"] * 2**30 / 1e3
     )
+
+
+@pytest.mark.usefixtures("finished")
+def test_the_utilisation_of_rl_counts_the_rows_as_long_as_they_are(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["rl"]
+    monkeypatch.setattr(loop, "peak_flops", lambda _: 1e9)
+    real, shapes = GPT.forward, []
+
+    def watched(self: GPT, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        if self.training:
+            shapes.append(tuple(input_ids.shape))
+        return real(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    turn = itertools.count()
+    monkeypatch.setattr(rollouts, "score", lambda *_: float(next(turn) % 2))
+    train(replace(config, out=tmp_path / "again", max_steps=1, replay=None, batch_size=1, max_new_tokens=4))
+    row = next(r for r in read_metrics(tmp_path / "again" / "metrics.jsonl") if "loss" in r)
+    assert shapes
+    assert all(T < 64 for _, T in shapes)  # shorter than the context
+    flops = sum(B * T * (6 * (2 * (32 * 32 * 3 + 8 * 32 * 32) + 512 * 32) + 12 * 2 * 32 * T) for B, T in shapes)
+    assert row["mfu"] * row["seconds"] * 1e9 == pytest.approx(flops)
+
+
+@pytest.mark.usefixtures("finished")
+def test_rewards_that_are_all_equal_change_nothing_and_the_steps_are_counted(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["rl"]
+    scored = []
+
+    def constant_after_two_steps(sample: Any, *_: Any) -> float:
+        scored.append(sample)
+        return reward_of(sample) if len(scored) <= 2 * 8 * config.samples else 1.0
+
+    monkeypatch.setattr(rollouts, "score", constant_after_two_steps)
+    out = tmp_path / "again"
+    train(replace(config, out=out, max_steps=6, replay=None, save_every=2, eval_every=100, keep=9, eval_limit=1))
+    rows = [row for row in steps_of(out) if "loss" in row]
+    assert [row["skipped_updates"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert len({row["lr"] for row in rows}) > 2  # schedules go on
+    at = [weights_of(out / f"checkpoint-{step}") for step in (2, 4, 6)]
+    assert all(torch.equal(at[0][name], later[name]) for later in at[1:] for name in at[0])
+
+
+def test_memory_that_runs_out_in_the_optimizer_is_one_line_and_not_tried_again(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+    tried = []
+
+    def fail(*_: object) -> None:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("edu.training.optimizer.orthogonalize", fail)
+    with pytest.raises(ValueError, match=r"step 1: out of memory in the optimizer's update.*checkpoint is of step 0"):
+        train(replace(config, out=tmp_path / "again"))
+    assert len(tried) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_named(stages: dict[str, Stage], tmp_path: Path) -> None:

@@ -3,20 +3,24 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import worker
+from accelerate import Accelerator
 
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig
-from edu.data.packing import collate
+from edu.data.packing import TrainingExample, collate
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
 from edu.training.accelerator import compute_init
-from edu.training.optimizer import lr_factor, make_optimizer
-from edu.training.step import Term, train_step
+from edu.training.optimizer import MuonAdamW, lr_factor, make_optimizer
+from edu.training.step import OutOfMemory, Term, fits, train_step
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +63,10 @@ def test_two_processes_make_the_update_of_one(
     command = [sys.executable, *launch, "tests/worker.py", str(tmp_path), "2"]
     subprocess.run(command, env=env, check=True, timeout=180, capture_output=True)
     for rank in range(2):
-        *trained, gradients, fitting = torch.load(tmp_path / f"{rank}.pt")
+        *trained, gradients, skipping, fitting = torch.load(tmp_path / f"{rank}.pt")
         check_equal(tuple(trained), reference)
         check_gradients(gradients, fp32)
+        assert skipping == [True, False, False]  # all are without weight; one process has weight; both have
         assert fitting == ([] if sharding else [False, True])  # the second process ran out of memory, and both know
 
 
@@ -92,6 +97,114 @@ def test_a_step_that_fp16_skips_changes_nothing_and_the_next_one_counts(monkeypa
     assert len(several) > 1
     for name, p in plain.items():
         torch.testing.assert_close(scaled[name], p, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def prepared(seed: int = 0) -> tuple[Accelerator, GPT, MuonAdamW]:
+    """A tiny model and its optimizer, ready to train."""
+    accelerator = compute_init(seed=seed)
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig.tiny())
+    settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.1}
+    return accelerator, *accelerator.prepare(model, make_optimizer(model, **settings))
+
+
+def state_of(model: torch.nn.Module, optimizer: MuonAdamW) -> dict[str, torch.Tensor]:
+    """Everything that an update changes."""
+    state = {f"{i}.{k}": v for i, of in optimizer.state_dict()["state"].items() for k, v in of.items()}
+    return {name: x.detach().clone() for name, x in (dict(model.named_parameters()) | state).items()}
+
+
+def unweighed(rows: list[list[TrainingExample]]) -> list[list[TrainingExample]]:
+    return [[replace(example, weight=0.0) for example in row] for row in rows]
+
+
+def untargeted(rows: list[list[TrainingExample]]) -> list[list[TrainingExample]]:
+    return [[replace(example, mask=np.zeros(len(example.ids), int)) for example in row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("nothing", "scale", "left_out"),
+    [(unweighed, 1.0, 0), (untargeted, 1.0, 9), (list, 0.0, 0)],
+    ids=["weights", "targets", "scale"],
+)
+def test_an_update_in_which_nothing_was_weighed_changes_nothing(
+    nothing: Callable[..., list[list[TrainingExample]]], scale: float, left_out: int
+) -> None:
+    accelerator, model, optimizer = prepared()
+    for step in range(3):  # so that momentum is there to move the weights
+        assert not train_step(accelerator, model, optimizer, [Term([collate(worker.rows_of(step), worker.T)])]).skipped
+    before = state_of(model, optimizer)
+    rows = nothing(worker.rows_of(3))
+    result = train_step(accelerator, model, optimizer, [Term([collate(rows, worker.T)], scale, left_out)])
+    assert result.skipped
+    assert (result.losses, result.grad_norm) == ([0.0], 0.0)
+    after = state_of(model, optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], x) for name, x in before.items())
+    assert not train_step(accelerator, model, optimizer, [Term([collate(worker.rows_of(4), worker.T)])]).skipped
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+)
+def test_memory_that_ran_out_in_forward_or_backward_leaves_the_step_to_be_tried_again(error: RuntimeError) -> None:
+    batches = [collate(part, worker.T) for part in (worker.rows_of(0)[:4], worker.rows_of(0)[4:])]
+
+    def run(fail: bool) -> dict[str, torch.Tensor]:
+        accelerator, model, optimizer = prepared()
+        calls = []
+
+        def check(*_: object) -> None:
+            calls.append(1)
+            if fail and len(calls) == 2:  # after a gradient is there
+                raise error
+
+        hook = model.register_forward_pre_hook(check)
+        if fail:
+            with pytest.raises(OutOfMemory):
+                train_step(accelerator, model, optimizer, [Term(batches)])
+        train_step(accelerator, model, optimizer, [Term(batches)])
+        hook.remove()
+        return state_of(model, optimizer)
+
+    clean, again = run(fail=False), run(fail=True)
+    assert all(torch.equal(again[name], x) for name, x in clean.items())
+
+
+def test_memory_that_ran_out_in_the_optimizer_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator, model, optimizer = prepared()
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("edu.training.optimizer.orthogonalize", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_step(accelerator, model, optimizer, [Term([collate(worker.rows_of(0), worker.T)])])
+
+
+def test_the_state_of_the_optimizer_is_in_memory_before_the_first_update() -> None:
+    _, model, optimizer = prepared()
+    optimizer.optimizer.allocate()  # type: ignore[attr-defined]
+    entries = {id(p): {name: x.numel() for name, x in optimizer.state[p].items()} for p in model.parameters()}
+    assert all(
+        sum(entries[id(p)].values()) == (p.numel() if "layers" in name else 2 * p.numel() + 1)
+        for name, p in model.named_parameters()
+    )
+
+
+def test_the_batch_with_most_positions_is_the_one_that_is_tried() -> None:
+    accelerator, model, _ = prepared()
+    tried = []
+    model.register_forward_pre_hook(lambda _, args: tried.append(tuple(args[0].shape)))
+    few = [TrainingExample([1, 2, 3], [0, 0, 1])]
+    many = [TrainingExample([1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1])]
+    assert fits(accelerator, model, [Term([collate([many], 6), collate([few], 24)])])
+    assert set(tried) == {(1, 24)}
 
 
 def test_schedule_depends_on_the_step_alone() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,25 @@ def gradients(micro_batch_size: int) -> dict[str, torch.Tensor]:
     return kept
 
 
+def skipping() -> list[bool]:
+    """Return whether a step was skipped in which no process, the last one, all have a weight; check that all then agree."""
+    accelerator = compute_init(seed=0)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig.tiny())
+    settings = {"matrix_lr": 0.02, "embedding_lr": 0.2, "head_lr": 0.004, "weight_decay": 0.1}
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, **settings))
+    train_step(accelerator, wrapped, optimizer, [Term([collate(rows_of(0), T)])])
+    found = []
+    for weights in ([0.0, 0.0], [0.0, 1.0], [1.0, 1.0]):
+        rows = [[replace(e, weight=weights[accelerator.process_index]) for e in row] for row in rows_of(1)]
+        before = [whole(p).detach().clone() for p in wrapped.parameters()]
+        result = train_step(accelerator, wrapped, optimizer, [Term([collate(rows, T)])])
+        moved = any(not torch.equal(whole(p), q) for p, q in zip(wrapped.parameters(), before, strict=True))
+        assert moved != result.skipped
+        found.append(result.skipped)
+    return found
+
+
 def fitting(rows: int) -> list[bool]:
     """Whether a micro-batch fits, whole and in four parts, where the last process has memory for `rows` rows."""
     accelerator = compute_init(seed=0)
@@ -93,5 +113,5 @@ def fitting(rows: int) -> list[bool]:
 
 if __name__ == "__main__":
     micro_batch_size = int(sys.argv[2])
-    found = (*train(micro_batch_size), gradients(micro_batch_size), [] if SHARDED else fitting(rows=2))
+    found = (*train(micro_batch_size), gradients(micro_batch_size), skipping(), [] if SHARDED else fitting(rows=2))
     torch.save(found, Path(sys.argv[1]) / f"{torch.distributed.get_rank()}.pt")

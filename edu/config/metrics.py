@@ -18,6 +18,7 @@ STEP_TOKENS = "step_tokens"
 TOKENS_PER_SECOND = "tokens_per_second"
 MFU = "mfu"
 SECONDS = "seconds"
+SKIPPED_UPDATES = "skipped_updates"
 REWARD = "reward"
 REWARD_STD = "reward_std"
 ZERO_STD = "frac_reward_zero_std"
@@ -41,6 +42,7 @@ DEFINITIONS = {
     TOKENS_PER_SECOND: "tokens trained on per second of this step, all processes together, data and rollouts included",
     MFU: "model-FLOPs utilisation: FLOPs of the step's forward and backward, per second, as a share of the devices' peak",
     SECONDS: "seconds of work since the stage began, restarts added up",
+    SKIPPED_UPDATES: "updates of the step that changed nothing: no target had a weight (all rewards equal, say), or fp16 overflowed",
     REWARD: "mean reward of the step's completions on training problems; 1 is right, 0 is wrong",
     REWARD_STD: "standard deviation of the reward over the step's completions",
     ZERO_STD: "share of prompts whose completions all got the same reward, so that nothing is learnt from them",

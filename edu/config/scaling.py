@@ -51,8 +51,8 @@ class Sizes:
         """Blocks and head: those that are multiplied with every token."""
         return self.blocks + self.vocab_size * self.channels
 
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Of forward and backward: 6 a multiplied parameter, and attention in full (PaLM, arXiv:2204.02311, app. B)."""
+    def flops_per_token(self, sequence_length: float) -> float:
+        """Return FLOPs of forward and backward: 6 a multiplied parameter, and attention in full (PaLM, arXiv:2204.02311, app. B)."""
         return 6 * self.computed + 12 * self.layers * self.channels * sequence_length
 
     def memory(self, micro_batch_size: int, sequence_length: int, bytes_each: int = 4) -> int:

@@ -31,7 +31,7 @@ from edu.training.environment import environment
 from edu.training.optimizer import lr_factor, make_optimizer, sharded_as, whole
 from edu.training.resume import made_from
 from edu.training.run import Run
-from edu.training.step import StepResult, Term, fits, train_step
+from edu.training.step import OutOfMemory, StepResult, Term, fits, train_step
 
 R = TypeVar("R")
 
@@ -111,8 +111,8 @@ class Training:
         if run.config.compile:
             model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.optimizer.optimizer.allocate()
         self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
-        self.row_length = getattr(run.config, "sequence_length", model.config.max_position_embeddings)
         self.step = self.tokens = 0
         self.parts = 1
         """In how many parts each micro-batch is computed: doubled where memory runs out, and kept by checkpoints."""
@@ -264,7 +264,7 @@ class Training:
     def _metrics(self, results: Sequence[StepResult], seconds: float) -> dict[str, float]:
         """Return the metrics of a step from those of its updates; the last one counts where they cannot be added up."""
         last = results[-1]
-        flops = sum(result.positions for result in results) * self.sizes.flops_per_token(self.row_length)
+        flops = sum(r.positions * self.sizes.flops_per_token(r.row_length) for r in results)
         return {
             metrics.LOSS: last.losses[0],
             metrics.GRAD_NORM: last.grad_norm,
@@ -273,6 +273,7 @@ class Training:
             metrics.MFU: flops / seconds / (self.peak * self.accelerator.num_processes),
             metrics.STEP_TOKENS: last.tokens,
             metrics.TOKENS: self.tokens,
+            metrics.SKIPPED_UPDATES: sum(result.skipped for result in results),
         }
 
     def _evaluate(self, evaluate: Evaluate, name: str, stopped: StopSignals) -> None:
@@ -312,11 +313,11 @@ class Training:
     def _update(self, terms: Sequence[Term]) -> StepResult:
         """One step. Where memory runs out, the same in smaller micro-batches, and all later steps too.
 
-        Several processes have to learn of it together: they try their first two steps, the second with the optimizer's
-        state in memory. Later it is an error there.
+        Several processes have to learn of it together: they try their first step. Later it is an error there, and so it
+        is in the optimizer's update, which smaller micro-batches do not make smaller.
         """
         sharded = self.accelerator.distributed_type == DistributedType.FSDP  # nothing can be tried without the others
-        trying = self.accelerator.num_processes > 1 and self.step < self.started + 2 and not sharded
+        trying = self.accelerator.num_processes > 1 and self.step == self.started and not sharded
         while True:
             split = [term.split(self.parts) for term in terms]
             rows = max(len(batch.inputs) for term in split for batch in term.batches)
@@ -324,6 +325,11 @@ class Training:
                 if not trying or fits(self.accelerator, self.model, split):
                     return train_step(self.accelerator, self.model, self.optimizer, split, self.config.clip)
             except torch.OutOfMemoryError:
+                raise ValueError(
+                    f"step {self.step + 1}: out of memory in the optimizer's update; the last checkpoint is of step "
+                    f"{self.saved}. Use a smaller model, or shard it (docs/scaling.md)"
+                ) from None
+            except OutOfMemory:
                 if self.accelerator.num_processes > 1:
                     raise ValueError(
                         f"step {self.step + 1}: out of memory with {rows} rows a forward pass. Give --micro-batch-size "

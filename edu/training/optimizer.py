@@ -95,10 +95,22 @@ class MuonAdamW(torch.optim.Optimizer):
         }
         super().load_state_dict(state_dict | {"state": state})
 
+    def allocate(self) -> None:
+        """Make the state of every parameter that has none, so that memory runs out before the first update, not in it."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if not self.state[p]):
+                if group["kind"] == "muon":
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                else:
+                    device = p.device if p.device.type != "cpu" else None
+                    self.state[p] |= {"step": torch.zeros((), device=device)}
+                    self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert closure is None, "closures are not supported"
+        self.allocate()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -108,8 +120,6 @@ class MuonAdamW(torch.optim.Optimizer):
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for p in params:
             by_shape.setdefault(p.shape, []).append(p)
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
         for (rows, columns), same in by_shape.items():
             moments = [self.state[p]["momentum"] for p in same]
             grads = [_grad(p) for p in same]
@@ -122,11 +132,6 @@ class MuonAdamW(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(sharded_as(update, p), alpha=scale)
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            if "step" not in self.state[p]:
-                device = p.device if p.device.type != "cpu" else None
-                self.state[p] |= {"step": torch.zeros((), device=device)}
-                self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         state = [self.state[p] for p in params]
         adamw(  # of each number by itself, so shards need no other process
             [_local(p) for p in params],
