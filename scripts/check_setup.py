@@ -15,12 +15,12 @@ def main() -> None:
     args = parse(Args)
     import torch
 
-    from edu.training.accelerator import compute_init, describe
+    from edu.training.accelerator import compute_init, environment
 
     accelerator = compute_init(mixed_precision=args.mixed_precision)
     for rank in range(accelerator.num_processes):
         if rank == accelerator.process_index:
-            print("  ".join(f"{name}={value}" for name, value in describe(accelerator).items()), flush=True)
+            print("  ".join(f"{name}={value}" for name, value in environment(accelerator).items()), flush=True)
         accelerator.wait_for_everyone()
     total = accelerator.gather(torch.ones(1, device=accelerator.device))
     if accelerator.is_main_process:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from filelock import FileLock
+from safetensors.torch import load_file
 from small_stages import Stage, fill, reward_of, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
@@ -25,6 +26,7 @@ from edu.config.stages import SFTConfig, StageConfig, as_settings
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.model.gpt import GPT
+from edu.model.load import load_model
 from edu.stages import pretrain, rollouts, run
 from edu.training import loop
 from edu.training.loop import Training
@@ -408,6 +410,21 @@ def test_rewards_that_are_all_equal_change_nothing_and_the_steps_are_counted(
     assert len({row["lr"] for row in rows}) > 2  # schedules go on
     at = [weights_of(out / f"checkpoint-{step}") for step in (2, 4, 6)]
     assert all(torch.equal(at[0][name], later[name]) for later in at[1:] for name in at[0])
+
+
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_weights_are_fp32_wherever_they_are_trained(
+    name: str, stages: dict[str, Stage], finished: dict[str, StageConfig], tmp_path: Path
+) -> None:
+    train, config = stages[name]
+    start = shutil.copytree(finished["base" if name == "sft" else "sft"].out, tmp_path / "bf16")
+    load_model(str(start)).bfloat16().save_pretrained(start)
+    assert load_model(str(start)).dtype == torch.bfloat16
+    train(replace(config, out=tmp_path / "again", model=str(start), max_steps=1, eval_limit=1))
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    state = torch.load(tmp_path / "again" / "checkpoint-1" / "state" / "optimizer.pt", weights_only=True)["optimizer"]
+    assert {x.dtype for of in state["state"].values() for x in of.values()} == {torch.float32}
 
 
 def test_memory_that_runs_out_in_the_optimizer_is_one_line_and_not_tried_again(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import worker
 from accelerate import Accelerator
+from torch._dynamo.testing import CompileCounter
 
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig
@@ -19,6 +20,7 @@ from edu.data.packing import TrainingExample, collate
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
 from edu.training.accelerator import compute_init
+from edu.training.loop import compile_steps, generating
 from edu.training.optimizer import MuonAdamW, lr_factor, make_optimizer
 from edu.training.step import OutOfMemory, Term, fits, train_step
 
@@ -205,6 +207,31 @@ def test_the_batch_with_most_positions_is_the_one_that_is_tried() -> None:
     many = [TrainingExample([1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1])]
     assert fits(accelerator, model, [Term([collate([many], 6), collate([few], 24)])])
     assert set(tried) == {(1, 24)}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
+def test_a_compiled_model_evaluates_without_compiling_new_shapes_and_too_many_in_training_are_an_error() -> None:
+    counter = CompileCounter()
+    accelerator = compute_init(seed=0)
+    model = GPT(GPTConfig.tiny(num_hidden_layers=1))
+    compile_steps(model, backend=counter)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for length in (8, 9, 10):
+        with generating(accelerator, model) as plain, torch.no_grad():
+            plain(torch.zeros(1, length, dtype=torch.long), targets=torch.zeros(1, length, dtype=torch.long))
+    assert counter.frame_count == 0
+    with torch._dynamo.config.patch(recompile_limit=1):
+        model(ids, targets=ids, weights=ids.float())
+        compiled = counter.frame_count
+        model(ids, targets=ids, weights=ids.float())
+        assert counter.frame_count == compiled == 1  # one graph for a shape
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            model(ids[:, :3], targets=ids[:, :3], weights=ids[:, :3].float())
+
+
+def test_rl_whose_rows_change_their_shapes_refuses_to_compile() -> None:
+    with pytest.raises(ValueError, match="--compile: rows of rollouts"):
+        RLConfig(compile=True)
 
 
 def test_schedule_depends_on_the_step_alone() -> None:

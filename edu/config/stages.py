@@ -61,7 +61,7 @@ class StageConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """auto, no (fp32), bf16 or fp16."""
     compile: bool = False
-    """Compile the model with torch.compile: faster steps after about a minute."""
+    """Compile the model with torch.compile: faster steps after about a minute. Not in RL, whose rows change their shapes."""
     log_with: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Tracker besides metrics.jsonl: tensorboard, wandb or trackio."""
     push_to_hub: str | None = None
@@ -236,6 +236,10 @@ class RLConfig(ChatConfig):
         super().__post_init__()
         if self.samples < 2:
             raise ValueError(f"--samples {self.samples}: a group needs two or more, to say which one is better")
+        if self.compile:
+            raise ValueError(
+                "--compile: rows of rollouts have ever new shapes, and each would be compiled; leave it out"
+            )
         for name in ("clip_low", "clip_high"):
             if self.epochs == 1 and getattr(self, name) != getattr(RLConfig, name):
                 raise ValueError(f"{flag(name)}: nothing is clipped in one update; give --epochs 2 or more with it")

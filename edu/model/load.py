@@ -18,8 +18,8 @@ from edu.model.config import GPTConfig
 from edu.model.gpt import GPT
 
 
-def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
-    """Return the GPT in a folder or of a Hub id, on a device.
+def load_model(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> GPT:
+    """Return the GPT in a folder or of a Hub id, on a device, in a dtype or else in that of its checkpoint.
 
     transformers draws weights that the files lack at random and drops those that the model lacks. Both, and weights of
     another shape, are a ValueError here that names them.
@@ -31,7 +31,7 @@ def load_model(name: str, device: torch.device | str = "cpu") -> GPT:
     try:
         with _without_report():
             options: Any = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            loaded: Any = GPT.from_pretrained(folder, **options)
+            loaded: Any = GPT.from_pretrained(folder, dtype=dtype or "auto", **options)
     except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name}: config.json or weights are damaged or missing ({why})") from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -48,7 +49,7 @@ def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
     """Reinforce, or continue where the folder stands: each step samples, weighs and updates, as `Reinforcement` says."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model)
+    model = load_model(config.model, dtype=torch.float32)  # bf16 would round away most updates
     T = model.config.max_position_embeddings
     suite = load_suite(config)
     task, left_out = fitting(read_task(config, "train"), tokenizer, T - config.max_new_tokens)
@@ -68,7 +69,7 @@ def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
         replay = Epochs(data.train, T, config.seed, config.multi_turn)
     run = Run(config, "rl", accelerator)
     training = Training(run, model, tokenizer, trained_on, hooks=hooks)
-    reference = load_model(config.model, accelerator.device).eval() if config.kl else None
+    reference = load_model(config.model, accelerator.device, torch.float32).eval() if config.kl else None
     steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reference, replay, T)
 
     def evaluate(step: int, model: GPT) -> Mapping[str, float]:

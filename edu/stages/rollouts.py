@@ -152,7 +152,7 @@ def token_logprobs(
     found = [np.zeros(len(piece.ids)) for piece in pieces]
     for part in lay_out(pieces, sequence_length, batch_size):
         batch = assemble(part, pieces).to(model.device)
-        logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions).double().cpu().numpy()
+        logprobs = model(batch.inputs, targets=batch.targets, position_ids=batch.positions).cpu().double().numpy()
         for line, row in zip(logprobs, part, strict=True):
             at = 0
             for bundle in row:

@@ -37,7 +37,7 @@ def train(config: SFTConfig, hooks: Hooks | None = None) -> Result:
     epochs = Epochs(data.train, T, config.seed, config.multi_turn)
     held_out = [[data.val[i] for i in row] for row in pack_rows(data.val, T)][:VAL_ROWS]
     run = Run(config, "sft", accelerator)
-    model = load_model(config.model)
+    model = load_model(config.model, dtype=torch.float32)  # bf16 would round away most updates
     if (context := model.config.max_position_embeddings) < T:
         raise ValueError(f"--sequence-length {T}: {config.model} has a context of {context}")
     training = Training(run, model, tokenizer, list(data.counts().items()), hooks=hooks)

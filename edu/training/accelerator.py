@@ -4,7 +4,7 @@ import importlib.util
 import math
 import os
 import platform
-import resource
+import re
 import signal
 import sys
 import time
@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+import psutil
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import (
@@ -45,26 +48,27 @@ def compute_init(
     """Set up device, process group, precision and seeds, and return the Accelerator that holds them.
 
     1. Without an accelerator device the processes form a gloo group; accelerate alone would start separate runs.
-    2. "auto" precision is the launcher's bf16 or fp16, else bf16 where CUDA has it, else fp32. A launcher's "no" is also
-       its default and does not count: for fp32 on a GPU say --mixed-precision no.
+    2. A launcher's torch.compile, DeepSpeed, FSDP 1 and fp8 are refused by name, never dropped in silence.
     3. A launcher that promised several processes and gave one is an error: all would write the same files.
     """
-    if mixed_precision not in PRECISIONS:
-        raise ValueError(f"--mixed-precision {mixed_precision!r}: choose one of {', '.join(PRECISIONS)}")
     device_type = autodetect_device_type()
-    if mixed_precision == "auto":
-        has_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        mixed_precision = launcher if launcher != "no" else "bf16" if has_bf16 else "no"
+    mixed_precision = choose_precision(mixed_precision, device_type)
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"--log-with {log_with}: not installed; try `pip install -e '.[track]'`")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError("DeepSpeed's ZeRO flattens the weights, and Muon needs matrices: shard by fsdp2.yaml instead")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("", "no"):  # accelerate would wrap the model, and rename its weights in every checkpoint
+        raise ValueError(
+            f"ACCELERATE_DYNAMO_BACKEND={backend} (dynamo_backend of the launcher's settings): give the script --compile, "
+            "and the launcher --dynamo_backend no"
+        )
     sharding = _sharding(mixed_precision) if os.environ.get("ACCELERATE_USE_FSDP") == "true" else None
     accelerator = Accelerator(
         cpu=device_type == "cpu",
         fsdp_plugin=sharding,
         mixed_precision=mixed_precision,
+        dynamo_backend="no",
         log_with=log_with,
         project_dir=out,
         # The step counts its own micro-batches (see edu.training.step); accelerate must not guess from a data loader's end.
@@ -87,6 +91,25 @@ def compute_init(
     if device_type == "cuda":
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def choose_precision(asked: str, device_type: str) -> str:
+    """Return "no" (fp32), "bf16" or "fp16": the precision of products; weights and optimizer state are always fp32.
+
+    "auto" is the launcher's bf16 or fp16, else bf16 where CUDA has it, else fp32. A launcher's "no" is also its default
+    and does not count: for fp32 on a GPU say --mixed-precision no.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    name = f"--mixed-precision {asked!r}"
+    if asked == "auto":
+        has_bf16 = device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        asked = launcher if launcher != "no" else "bf16" if has_bf16 else "no"
+        name = f"ACCELERATE_MIXED_PRECISION={launcher} (mixed_precision of the launcher's settings)"
+    if asked not in PRECISIONS[1:]:
+        raise ValueError(f"{name}: choose one of {', '.join(PRECISIONS)}")
+    if asked == "fp16" and device_type == "cpu":
+        raise ValueError(f"{name}: fp16 needs a GPU, a CPU would compute in fp32; say --mixed-precision no or bf16")
+    return asked
 
 
 def _sharding(mixed_precision: str) -> FullyShardedDataParallelPlugin:
@@ -113,22 +136,26 @@ def check_world_size(num_processes: int) -> None:
         )
 
 
-def describe(accelerator: Accelerator) -> dict[str, Any]:
-    """Rank, world size, device, precision, threads and versions, for people and for the report."""
-    import accelerate
-    import transformers
-
-    return {
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Return what a run's figures depend on, for people and for the report: processes, precision, machine, versions."""
+    device, cpuinfo = accelerator.device, Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    found = {
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
-        "device": str(accelerator.device),
+        "device": str(device),
         "mixed_precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
         "distributed_type": accelerator.distributed_type.value,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "accelerate": accelerate.__version__,
-        "transformers": transformers.__version__,
+    }
+    found |= {package: version(package) for package in ("torch", "accelerate", "transformers", "tokenizers", "numpy")}
+    return found | {
+        "CPU": named.group(1).strip() if named else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "GPU": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
+        "platform": platform.platform(),
     }
 
 
@@ -165,9 +192,13 @@ def peak_flops(device_type: str) -> float:
 
 
 def peak_memory(device_type: str) -> int:
-    """Most bytes held so far: on the GPU by tensors, else by the whole process."""
+    """Return the most bytes held so far: on the GPU by tensors, else by the whole process."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -25,9 +25,8 @@ from edu.data.tokenizer import Tokenizer
 from edu.model import fast_path
 from edu.model.gpt import GPT
 from edu.training import checkpoint
-from edu.training.accelerator import StopSignals, describe, peak_flops
+from edu.training.accelerator import StopSignals, environment, peak_flops
 from edu.training.checkpoint import Checkpoint
-from edu.training.environment import environment
 from edu.training.optimizer import lr_factor, make_optimizer, sharded_as, whole
 from edu.training.resume import made_from
 from edu.training.run import Run
@@ -105,11 +104,11 @@ class Training:
         tokenizer is saved beside each checkpoint; data: paths or Hub ids and how much of each is trained on, for the card.
         """
         self.run, self.config, self.accelerator, self.tokenizer = run, run.config, run.accelerator, tokenizer
-        self.environment = describe(run.accelerator) | {"fast": fast_path.is_on()}
+        self.environment = environment(run.accelerator) | {"fast": fast_path.is_on()}
         self.data, self.stream, self.hooks = data, stream, hooks or Hooks()
         optimizer = make_optimizer(model, **optimizer_settings(run.config))
         if run.config.compile:
-            model.compile()  # in place: no wrapper, so names and checkpoints stay as they are
+            compile_steps(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.optimizer.optimizer.allocate()
         self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
@@ -293,7 +292,7 @@ class Training:
         with generating(self.accelerator, self.model) as model:
             if self.accelerator.is_main_process:
                 about = {"stage": self.run.stage, "step": self.step, "seconds": self.run.seconds()}
-                about |= {"environment": environment(), "made_from": self.inputs}
+                about |= {"environment": self.environment, "made_from": self.inputs}
                 results = {**about, **(measure(model) if measure else {}), **self.hooks.measure(model, self.tokenizer)}
                 self.hooks.write_card(self.run.folder, self.summary(results))
                 write_text(self.run.folder / "eval.json", json.dumps(results, indent=1))
@@ -350,11 +349,21 @@ class Training:
         return bool(self.accelerator.reduce(torch.tensor(float(bool(stopped)), device=self.accelerator.device), "sum"))
 
 
+def compile_steps(model: GPT, **options: Any) -> None:
+    """Compile a model in place, one program for each shape, so that names and checkpoints stay as they are.
+
+    More shapes than torch keeps programs (8) are an error; without this they would run eagerly, in silence.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model.compile(dynamic=False, **options)
+
+
 @contextmanager
 def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
     """Yield the plain model in eval mode, for the Engine; training mode again afterwards. All processes enter together.
 
-    Of a sharded model, a whole copy on every process, in the precision that it is trained in.
+    Of a sharded model, a whole copy on every process, in the precision that it is trained in. A compiled model runs
+    eagerly: rows of evaluations and rollouts have ever new shapes.
     """
     unwrapped = accelerator.unwrap_model(model, keep_torch_compile=False)
     assert isinstance(unwrapped, GPT)
@@ -367,7 +376,8 @@ def generating(accelerator: Accelerator, model: nn.Module) -> Iterator[GPT]:
         yield copy.eval()
     else:
         unwrapped.eval()
-        yield unwrapped
+        with torch.compiler.set_stance("force_eager"):
+            yield unwrapped
         unwrapped.train()
 
 
