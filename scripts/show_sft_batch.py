@@ -27,7 +27,8 @@ def main() -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from edu.chat.sft_data import Epochs, batches_of, load_sft_data
+    from edu.chat.mixture import load_sft_data
+    from edu.chat.sft_data import Epochs, batches_of
     from edu.data.packing import IGNORE
     from edu.data.tokenizer import Tokenizer
 

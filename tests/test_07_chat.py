@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from edu.chat.chat_format import (
     stream_text,
     tool_call,
 )
-from edu.chat.sft_data import Epochs, load_sft_data
+from edu.chat.mixture import load_sft_data
+from edu.chat.sft_data import Epochs
 from edu.data.packing import TrainingExample
 from edu.data.tokenizer import Tokenizer
 from tests.hub_server import serve
@@ -483,30 +485,154 @@ def test_calculator_refuses_what_is_not_arithmetic(tokenizer: Tokenizer) -> None
         force([tokenizer.python_end])
 
 
-OTHER_FORMS = [
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "id": 1},
-    {"chat": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
-    {"instruction": "Hi", "input": "", "output": "Hello!"},
-]
+SHAREGPT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "id": 1}
+OTHER_FORMS = {
+    "ShareGPT": SHAREGPT,
+    "named otherwise": {"chat": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello!"},
+    "Alpaca without input": {"instruction": "Hi", "output": "Hello!", "category": "greeting"},
+    "Dolly": {"instruction": "Hi", "context": "", "response": "Hello!", "category": "greeting"},
+    "preference": {"prompt": "Hi", "chosen": "Hello!", "rejected": "Go away."},
+    "preference in messages": {"prompt": [user("Hi")], "chosen": [assistant("Hello!")], "rejected": [assistant("No.")]},
+    "preference whole": {
+        "prompt": "Hi",
+        "chosen": [user("Hi"), assistant("Hello!")],
+        "rejected": [user("Hi"), assistant("No.")],
+    },
+}
 
 
-@pytest.mark.parametrize("row", OTHER_FORMS, ids=["ShareGPT", "named otherwise", "Alpaca"])
+def converted(row: dict[str, Any], folder: Path, tokenizer: Tokenizer) -> Any:
+    """The row after the line that its error proposes, or None where none is proposed."""
+    path = folder / "chats.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"row 1: fields .*; convert each row") as caught:
+        load_sft_data(path, tokenizer, 64)
+    line = str(caught.value).partition("for instance: row = ")[2]
+    (folder / "convert.py").write_text(f"convert = lambda row: {line or None}\n")
+    return runpy.run_path(str(folder / "convert.py"))["convert"](row)
+
+
+def loaded(
+    rows: list[Any], folder: Path, tokenizer: Tokenizer, multi_turn: float = 0
+) -> tuple[list[str], dict[str, int]]:
+    """The conversations as text, what is not trained in parentheses; and the counts."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_sft_data(path, tokenizer, 64, val_every=10**6)
+
+    def shown(ids: list[int], mask: list[int]) -> str:
+        runs = groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+        texts = [(learn, tokenizer.decode([token for token, _ in run])) for learn, run in runs]
+        return "".join(text if learn else f"({text})" for learn, text in texts)
+
+    packed = Epochs(data.train, 64, multi_turn=multi_turn).rows(0, 1) if multi_turn else [data.train]
+    return [shown(list(map(int, e.ids)), list(map(int, e.mask))) for row in packed for e in row], dict(
+        data.report[str(path)]
+    )
+
+
+HELLO = "(<|bos|><|user_start|>Hi<|user_end|><|assistant_start|>)Hello!<|assistant_end|>"
+
+
+@pytest.mark.parametrize("row", OTHER_FORMS.values(), ids=OTHER_FORMS.keys())
 def test_another_form_is_refused_with_the_line_that_converts_it(
     row: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     """The line that is shown is run, and what it gives is read."""
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match=r"row 1: fields .*; convert each row") as caught:
-        load_sft_data(path, tokenizer, 64)
-    line = str(caught.value).partition("names): row = ")[2]
-    (tmp_path / "convert.py").write_text(f"convert = lambda row: {line}\n")
-    converted = runpy.run_path(str(tmp_path / "convert.py"))["convert"](row)
-    path.write_text((json.dumps(converted) + "\n") * 2)
-    data = load_sft_data(path, tokenizer, 64, val_every=10**6)
-    assert [piece.ids.tolist() for piece in data.train] == [
-        render([user("Hi"), assistant("Hello!")], tokenizer).ids
-    ] * 2
+    assert loaded([converted(row, tmp_path, tokenizer)], tmp_path, tokenizer) == ([HELLO], {"used": 1})
+
+
+@pytest.mark.parametrize("name", ["input", "context"])
+def test_the_input_of_an_instruction_is_part_of_the_converted_prompt(
+    name: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    row = converted({"instruction": "Add.", name: "1 and 2", "output": "3"}, tmp_path, tokenizer)
+    assert row == {"prompt": "Add.\n\n1 and 2", "completion": "3"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "Hi. Hello!"},
+        {"title": "Hi", "text": "Hello!"},
+        {"rejected": "Go away.", "prompt": "Hi"},
+        {"chosen": "Human: Hi Assistant: Hello!", "rejected": "Human: Hi Assistant: No."},
+        {"instruction": "Hi", "output": "Hello!", "history": [["a", "b"]]},
+        {"instruction": "Hi", "output": "Hello!", "response": "Bye!"},
+        {"instruction": "Hi", "question": "Who?", "output": "Hello!"},
+        SHAREGPT | {"system": "Be kind."},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "observation", "value": "Hello!"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": None}]},
+        {"items": [{"name": "a"}], "question": "Who?"},
+        {"a": SHAREGPT["conversations"], "b": SHAREGPT["conversations"]},
+    ],
+)
+def test_no_conversion_is_proposed_where_the_form_is_not_known(
+    row: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    assert converted(row, tmp_path, tokenizer) is None
+
+
+def test_only_the_completion_of_a_prompt_is_trained(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As in TRL: what the assistant said within the prompt is read, and not learned."""
+    row = {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]}
+    texts, _ = loaded([row, {"prompt": "Hi", "completion": "Hello!"}], tmp_path, tokenizer)
+    assert texts == [
+        "(<|bos|><|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|>"
+        "<|user_start|>c<|user_end|><|assistant_start|>)d<|assistant_end|>",
+        HELLO,
+    ]
+
+
+UNANSWERED = {
+    "a question": [user("And?")],
+    "an open call": [user("And?"), tool_call("", "7*7")],
+    "an open result": [user("And?"), tool_call("", "7*7"), tool("49")],
+    "a second call": [user("And?"), tool_call("", "7*7"), tool("49"), tool_call("", "7*7")],
+}
+
+
+@pytest.mark.parametrize("tail", UNANSWERED.values(), ids=UNANSWERED.keys())
+def test_what_follows_the_last_answer_is_cut_and_counted(
+    tail: list[dict[str, Any]], tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """So no other conversation is glued behind a question that nobody answered."""
+    hello = [user("Hi"), assistant("Hello!")]
+    texts, counts = loaded(
+        [{"messages": [*hello, *tail]}] * 2 + [{"messages": tail}], tmp_path, tokenizer, multi_turn=1
+    )
+    assert texts == [HELLO + HELLO.replace("<|bos|>", "")]
+    assert counts == {"used": 2, "of these cut after the last answer": 2, "nothing that the assistant said": 1}
+
+
+def test_rows_flagged_not_to_be_trained_are_counted_by_their_flag(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """KTO's label of an unwanted completion is one of them."""
+    row = {"prompt": "Hi", "completion": "Hello!"}
+    flags = [{"label": True}, {"label": False}, {"weight": 0}, {"train": False}, {"weight": 1, "train": None}]
+    texts, counts = loaded([row | flag for flag in flags], tmp_path, tokenizer)
+    assert texts == [HELLO] * 2
+    assert counts == {"used": 2, "flagged by label False": 1, "flagged by weight 0": 1, "flagged by train False": 1}
+    silent = {"messages": [user("Hi"), assistant("Hello!") | {"weight": 0}]}
+    assert loaded([row, silent], tmp_path, tokenizer)[1] == {"used": 1, "nothing that is to be trained": 1}
+    for flag in ({"weight": 0.5}, {"label": "good"}):
+        with pytest.raises(ValueError, match=rf"row 1: {next(iter(flag))} .*: expected 0 or false"):
+            loaded([row | flag], tmp_path, tokenizer)
+
+
+def test_null_columns_beside_filled_ones_are_absent(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As parquet and the Hub give rows of several forms."""
+    names = ("messages", "prompt", "completion", "question", "answer", "label")
+    rows = [
+        dict.fromkeys(names) | row
+        for row in (
+            {"messages": [user("Hi") | {"tool_calls": None}, assistant("Hello!") | {"tool_calls": None}]},
+            {"messages": json.dumps([user("Hi"), assistant("Hello!")])},
+            {"prompt": "Hi", "completion": "Hello!"},
+            {"question": "Hi", "answer": "Hello!"},
+        )
+    ]
+    assert loaded(rows, tmp_path, tokenizer) == ([HELLO] * 4, {"used": 4})
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
@@ -530,7 +656,7 @@ def test_a_mixture_takes_the_hubs_data_sets_by_name(tmp_path: Path, tokenizer: T
     (tmp_path / "mixture.yaml").write_text(json.dumps(mixture))
     code = (
         "import datasets; datasets.config.USE_PARQUET_EXPORT = False  # which looks up another host\n"
-        "from pathlib import Path; from edu.chat.sft_data import load_sft_data; from edu.data.tokenizer import Tokenizer\n"
+        "from pathlib import Path; from edu.chat.mixture import load_sft_data; from edu.data.tokenizer import Tokenizer\n"
         f"folder = Path({str(tmp_path)!r}); tokenizer = Tokenizer.load(folder / 'tokenizer')\n"
         "data, again = (load_sft_data(folder / 'mixture.yaml', tokenizer, 64, 10**6) for _ in range(2))\n"
         "texts, others = ([piece.ids.tolist() for piece in each.train] for each in (data, again))\n"

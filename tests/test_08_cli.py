@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edu.chat.sft_data import load_sft_data, read_mixture
+from edu.chat.mixture import load_sft_data, read_mixture
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
 from edu.data.packing import TrainingExample
@@ -175,7 +175,7 @@ def test_a_parquet_without_text_is_named(tmp_path: Path) -> None:
         ),
         ([json.dumps({"text": "x"})], "row 1: fields ['text']; expected"),
         ([json.dumps({"messages": GOOD["messages"][:1]})], "no conversation can be used"),
-        ([json.dumps({"prompt": None, "completion": "x"})], "row 1: prompt and completion: expected text"),
+        ([json.dumps({"prompt": None, "completion": "x"})], "row 1: fields ['completion', 'prompt']; expected"),
     ],
 )
 def test_a_bad_conversation_is_named_by_its_row(
@@ -199,7 +199,18 @@ def test_what_is_left_out_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize(
-    "entry", ["nope: 1", "path: a\n  hub: b/c", "path: a\n  weight: 0", "path: a\n  weight: x", "3", "[1]"]
+    "entry",
+    [
+        "nope: 1",
+        "path: a\n  hub: b/c",
+        "path: a\n  weight: 0",
+        "path: a\n  weight: x",
+        "path: a\n  weight: .inf",
+        "path: [a]",
+        "path: a\n  split: 3",
+        "3",
+        "[1]",
+    ],
 )
 def test_a_source_of_a_mixture_that_is_none_is_named(tmp_path: Path, entry: str) -> None:
     (tmp_path / "mixture.yaml").write_text(f"- path: good.jsonl\n- {entry}\n")

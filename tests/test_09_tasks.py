@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edu.chat.calculator import calculate
 from edu.chat.chat_format import parse_completion, render, stream_text
-from edu.chat.sft_data import conversation
+from edu.chat.mixture import conversation
 from edu.data.rows import read_rows
 from edu.data.tokenizer import Tokenizer
 from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, score

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edu.chat.chat_format import render, render_prompt
-from edu.chat.sft_data import conversation
+from edu.chat.mixture import conversation
 from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation import evals, suite

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from edu.chat.chat_format import render
-from edu.chat.sft_data import conversation
+from edu.chat.mixture import conversation
 from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task

@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from edu.chat.sft_data import Epochs, batches_of, load_sft_data
+from edu.chat.mixture import load_sft_data
+from edu.chat.sft_data import Epochs, batches_of
 from edu.config import metrics
 from edu.config.stages import RLConfig
 from edu.data.tokenizer import Tokenizer
