@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edu.chat.sft_data import load_sft_data, read_mixture
+from edu.chat.mixture import load_sft_data, read_mixture
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
 from edu.data.metrics_log import read_metrics
