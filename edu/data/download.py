@@ -147,6 +147,7 @@ class Download:
     def receive(self, client: httpx2.Client) -> tuple[int | None, str]:
         """Ask once and append what is missing. Returns size and sha256 as the server tells them (None, "": it does not)."""
         url, _, etag = self.etag_file.read_text().partition("\n") if self.etag_file.exists() else ("", "", "")
+        # 1. Bytes that came under the same URL and a strong ETag are a beginning; others are dropped.
         start = self.size() if etag and url == public_url(self.url) else self.restart()
         headers = build_hf_headers() if self.hub else {}  # httpx2 drops the token when redirected to another origin
         headers |= {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-", "If-Range": etag} if start else {})
@@ -155,6 +156,7 @@ class Download:
             client.stream("GET", self.url, headers=headers, extensions={"trace": watchdog.trace}) as response,
         ):
             total = self.place(response, start, etag)
+            # 2. The checksum of the whole file, where the server tells it.
             sha256 = _digest(response.headers)
             if self.hub:  # its own answer, before it redirects to its storage, knows more
                 head = next(
@@ -165,6 +167,7 @@ class Download:
                 if size and total not in (None, int(size)):
                     raise Again(f"the Hub says {size} bytes, its storage {total}", keep=False)
                 total = int(size) if size else total
+            # 3. Append the body; 416 has none, since an earlier attempt had it all.
             if response.status_code != 416:
                 self.append(response.iter_raw(), total, watchdog)
             return total, sha256

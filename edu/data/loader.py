@@ -57,6 +57,7 @@ def stream_batches(
     shards = [scan_shard(Path(path), on_bad) for path in paths]
     if not any(sum(shard.groups) for shard in shards):
         raise ValueError(f"no rows in {len(shards)} shards{f', {shards[0].path} the first' if shards else ''}")
+    # A state is refused unless shards, rank and world size are those that it was saved with.
     fresh = LoaderState(tuple(shard.name() for shard in shards), rank, world_size)
     if state:
         check_state(state, fresh)
@@ -152,6 +153,7 @@ class Loader:
     def refill(self) -> None:
         """Take documents into the packing buffer until it is full, and count what was left out."""
         packer = self.packer
+        # Many documents to choose from fill rows well; the second bound keeps memory finite if they are long.
         while len(packer.buffer.items) < self.buffer_size and packer.tokens < BUFFER_TOKENS:
             if not (document := next(self.coming, None)):
                 return
@@ -167,6 +169,7 @@ class Loader:
 
     def _restore(self) -> None:
         """Read and encode again the documents that were in the packing buffer, in their order."""
+        # The state holds coordinates, no ids. 1. Collect the rows by row group, so that each is opened once.
         wanted: dict[tuple[int, int], set[int]] = {}
         for _, _, shard, group, row, _ in self.start.buffer:
             wanted.setdefault((shard, group), set()).add(row)
@@ -174,6 +177,7 @@ class Loader:
         for (shard, group), rows in wanted.items():
             read = self.source.read(0, shard, group, np.array(sorted(rows)))
             ids |= {origin[1:]: found for origin, found, _ in itertools.chain.from_iterable(read)}
+        # 2. Put them back in their order of age; what was cut before goes on from its offset.
         for size, *origin, offset in self.start.buffer:
             found = ids.get(tuple(origin[1:]))
             if found is None or 1 + len(found) - offset != size:

@@ -172,6 +172,7 @@ def download_shard(
     """
     source = find_pattern(source) if isinstance(source, str) else source
     url, path = source.url(index), shard_path(index, target_dir, source)
+    # 1. A folder holds shards of one origin, and a shard of one split is never there in the other too.
     refuse_mixing(target_dir, source.origin)
     report = (lambda done, total: on_progress(index, done, total)) if on_progress else None
     get = partial(fetch, hub=bool(source.repo), retry=retry, pause=pause, report=report)
@@ -182,12 +183,15 @@ def download_shard(
     try:
         if twin.exists() and not shared:
             raise TransferError(f"{twin} is this shard in the other split; delete it, or choose another --out")
+        # 2. Fetch it under a temporary name, check it, rename it; a file of another form is written as a shard instead.
         if source.convert:
             fresh = source.convert(files, path, twin if shared else None, get)
         else:
             fresh = get(url, path, check_parquet)
+        # 3. Enter size and checksum in the manifest, so that a later change is noticed.
         for made in (path, twin) if shared else (path,):
             record_shard(made, target_dir, place, source.origin, checked=fresh)
+    # 4. Say whether a rerun helps: it continues from the bytes that are here.
     except Again as error:
         raise ShardError(f"{path}: {public_url(f'{url}: {error}')}; run it again, it goes on from here") from error
     except (TransferError, ConnectionError) as error:
