@@ -29,7 +29,7 @@ HELP
 extras=""
 case "${1:-}" in
 "") ;;
---install) extras="[dev,eval]" ;; # what the Makefile needs; nothing is run
+--install) extras="dev,eval" ;; # what the Makefile needs; nothing is run
 -h | --help) usage && exit 0 ;;
 *) echo "error: unknown argument '$1'; settings go in the environment, see ./my_pipeline.sh --help" >&2 && exit 2 ;;
 esac
@@ -76,7 +76,7 @@ install() {
             fail "$python cannot make virtual environments; install its venv module (Debian, Ubuntu: apt install python3-venv) and run this again"
         "$python" -m venv --clear .venv # also where one was left half-made
     fi
-    "$bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar off -e ".$extras" ||
+    "$bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar off -e ".[fast${extras:+,$extras}]" ||
         fail "the installation failed, see above; run this again, it goes on from what is there"
     touch "$stamp"
 }

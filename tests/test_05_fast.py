@@ -1,5 +1,10 @@
 """The fast wing: each of its operators and its decoder compute what the readable code does."""
 
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +13,57 @@ import torch
 from edu.model.gpt import relu_squared, rms_norm
 from edu.model.linear import Linear, product
 
-operators = pytest.importorskip("edu.fast.operators")
-if not hasattr(rms_norm, "__wrapped__"):
-    pytest.skip("switched off by EDU_FAST=0", allow_module_level=True)
+WITHOUT = """
+import sys
+sys.modules["edu.fast"] = sys.modules["numba"] = None
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def test_without_the_fast_wing_and_without_numba_everything_works() -> None:
+    """A few of the others' laws, in a process where neither can be imported."""
+    laws = "cached_decode or join_and_leave or log_probs_equal"
+    files = ["tests/test_05_engine.py", "tests/test_04_model.py"]
+    command = [sys.executable, "-c", WITHOUT, "-q", "-p", "no:cacheprovider", "-n", "0", "-k", laws, *files]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert "passed" in found.stdout
+
+
+@pytest.mark.parametrize("how", ["EDU_FAST=0", "--fast off"])
+def test_the_fast_path_is_switched_off_and_its_name_says_so(how: str) -> None:
+    code = """
+import dataclasses, sys
+from edu.config.cli import parse
+@dataclasses.dataclass(frozen=True)
+class Args:
+    n: int = 1
+parse(Args)
+from edu.model.fast_path import path_in_use
+from edu.model.gpt import rms_norm
+print(path_in_use(), hasattr(rms_norm, "__wrapped__"))
+"""
+    flags, env = (how.split(), {}) if how.startswith("--") else ([], dict([how.split("=")]))
+    command = [sys.executable, "-c", code, *flags]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=os.environ | env)
+    assert found.stdout.split() == ["readable", "False"]
+
+
+def test_torch_is_between_the_bounds_and_the_upper_one_follows_the_newest_that_was_tested() -> None:
+    """Raise NEWEST and the bound together, once the suite has passed with a newer torch."""
+    (requirement,) = [
+        r
+        for r in tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+        if r.startswith("torch>")
+    ]
+    newest = (2, 13)
+    assert requirement.endswith(f",<{newest[0]}.{newest[1] + 1}")
+    installed = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert (2, 11) <= installed <= newest
+
+
+operators = pytest.importorskip("edu.fast.operators")  # what follows are laws of the fast wing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -135,7 +135,7 @@ def test_a_broken_installation_is_one_line_and_goes_on(machine: Machine) -> None
 def test_a_developers_installation_brings_its_tools_and_serves_the_pipeline_too(machine: Machine) -> None:
     assert machine.run("./my_pipeline.sh", "--install", RECIPE="huge").returncode == 0
     assert "pip install" in machine.calls()
-    assert "-e .[dev,eval]" in machine.calls()
+    assert "-e .[fast,dev,eval]" in machine.calls()
     assert "check_setup" not in machine.calls()
     assert machine.run().returncode == 0
     assert machine.run("./my_pipeline.sh", "--install").returncode == 0

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from edu.config.fields import checked, flag, is_optional, type_hints
 from edu.config.network import public_url, settings_fault
@@ -18,6 +18,7 @@ MESSAGE = 2000  # characters of an error that are printed: it may quote a whole 
 CONFIG_HELP = (
     "YAML file of settings, a line `name: value` each; flags beside it win. Example: --config recipes/tiny/sft.yaml"
 )
+FAST_HELP = "off: compute by the readable code alone, without edu/fast; slower. The same as EDU_FAST=0"
 
 
 def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
@@ -38,13 +39,16 @@ def parse(config_class: type[C], argv: Sequence[str] | None = None) -> C:
         if value.lower() == "none" and any(name == flag(each) and is_optional(hints[each]) for each in hints):
             args[at] = arg[: -len("none")] + "None"
     # tyro would frame what __post_init__ raises; parsed without it and made again, it stays one plain line.
+    fast_flag = ("fast", Annotated[Literal["on", "off"], tyro.conf.arg(help=FAST_HELP)], "on")
     config_flag = ("config", Annotated[Path | None, tyro.conf.arg(help=CONFIG_HELP)], None)
     options: Any = {"bases": (config_class,), "frozen": True, "kw_only": True}
     unchecked = dataclasses.make_dataclass(
-        config_class.__name__, [config_flag], namespace={"__post_init__": _pass}, **options
+        config_class.__name__, [config_flag, fast_flag], namespace={"__post_init__": _pass}, **options
     )
     about = re.sub(r"\s+Example: ", "\n\nExample: ", sys.modules["__main__"].__doc__ or "")
     parsed = tyro.cli(unchecked, args=args, default=unchecked(**settings), description=about)
+    if parsed.fast == "off":
+        os.environ["EDU_FAST"] = "0"  # read by edu.model.fast_path, which no script has loaded yet
     values = {name: checked(flag(name), hint, getattr(parsed, name)) for name, hint in hints.items()}
     if implied := getattr(config_class, "implied", None):
         typed = {arg[2:].partition("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
