@@ -2,7 +2,7 @@
 
 Example: python scripts/make_identity.py --num 400 --out data/my_identity.jsonl
 
-With OPENAI_BASE_URL or OPENAI_API_KEY set, that endpoint writes them: add --model NAME. A rerun continues an unfinished file.
+--teacher URL --model NAME asks an endpoint of the OpenAI protocol instead. A rerun continues an unfinished file.
 """
 
 import os
@@ -14,8 +14,15 @@ from edu.synthetic.identity import IdentityConfig, Summary, make_identity
 
 def main() -> None:
     config = parse(IdentityConfig)
-    base_url, key = os.environ.get("OPENAI_BASE_URL", ""), os.environ.get("OPENAI_API_KEY", "")
-    report(config, make_identity(config, base_url, key) if base_url or key else ask_embedded_teacher(config))
+    if config.teacher == "embedded":
+        report(config, ask_embedded_teacher(config))
+        return
+    if config.teacher != "openai" and not config.teacher.startswith(("http://", "https://")):
+        raise ValueError(
+            f"--teacher {config.teacher}: choose embedded, openai, or an endpoint's URL such as http://host/v1"
+        )
+    url = os.environ.get("OPENAI_BASE_URL", "") if config.teacher == "openai" else config.teacher
+    report(config, make_identity(config, url, os.environ.get("OPENAI_API_KEY", "")))
 
 
 def ask_embedded_teacher(config: IdentityConfig) -> Summary:
@@ -25,7 +32,7 @@ def ask_embedded_teacher(config: IdentityConfig) -> Summary:
     from edu.synthetic.teacher import Teacher
 
     if config.model:
-        raise ValueError(f"--model {config.model}: set OPENAI_BASE_URL or OPENAI_API_KEY, or leave the flag out")
+        raise ValueError(f"--model {config.model}: name its endpoint with --teacher, or leave the flag out")
     persona = load_persona(config.persona)
     teacher = Teacher(persona, load_starters(config.starters, persona))
     with run_in_thread(make_app(TeacherResponder(teacher))) as base_url:

@@ -165,6 +165,26 @@ def test_a_script_that_cannot_reach_the_hub_says_why_in_one_line(
     assert "secret" not in done.stderr + done.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "status", "words"),
+    [
+        ((), 0, "from embedded-teacher: "),
+        (("--teacher", "http://127.0.0.1:9/v1", "--model", "m"), 2, "no answer from http://127.0.0.1:9/v1"),
+        (("--teacher", "gpt"), 2, "--teacher gpt: choose embedded, openai"),
+        (("--model", "m"), 2, "name its endpoint with --teacher"),
+    ],
+)
+def test_credentials_select_no_teacher_and_a_flag_does(
+    tmp_path: Path, flags: tuple[str, ...], status: int, words: str
+) -> None:
+    environment = os.environ | {"OPENAI_API_KEY": "secret", "OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}
+    command = [sys.executable, "scripts/make_identity.py", "--num", "2", "--out", str(tmp_path / "x.jsonl"), *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert words in done.stdout + done.stderr
+    assert "secret" not in done.stdout + done.stderr
+
+
 def test_the_tests_pass_whatever_is_exported(tmp_path: Path) -> None:
     """A few that read the environment, under one that is wrong in all that they may read."""
     names = "http_proxy HTTPS_PROXY ALL_PROXY HF_ENDPOINT HF_TOKEN HF_HOME OPENAI_API_KEY OPENAI_BASE_URL WANDB_MODE"
@@ -227,7 +247,7 @@ def test_the_tests_pass_whatever_is_exported(tmp_path: Path) -> None:
             {"HF_ENDPOINT": "http://me:s3cret@127.0.0.1:1"},
         ),
         (
-            ("scripts/make_identity.py", "--model", "x", "--out", "OUT"),
+            ("scripts/make_identity.py", "--teacher", "openai", "--model", "x", "--out", "OUT"),
             {"OPENAI_BASE_URL": "http://me:s3cret@127.0.0.1:1/v1"},
         ),
         (("scripts/chat.py", "-p", "hi", "--model", "me/mine"), {"HF_ENDPOINT": "http://me:s3cret@127.0.0.1:1"}),

@@ -47,6 +47,8 @@ class IdentityConfig:
     """How a conversation may begin."""
     held_out: Path = Path("data/identity_eval.yaml")
     """Questions kept for measuring: a conversation that holds one is refused."""
+    teacher: str = "embedded"
+    """Who writes: embedded; openai (at OPENAI_BASE_URL, if set); or an endpoint's URL. The key is in OPENAI_API_KEY."""
     model: str = ""
     """The endpoint's model; may be left out where the endpoint has only one."""
     concurrency: int = 8

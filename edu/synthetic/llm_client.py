@@ -7,7 +7,7 @@ from typing import Any
 
 from edu.config.network import is_loopback
 
-ADVICE = "OPENAI_BASE_URL is the endpoint's address (it ends in /v1), OPENAI_API_KEY its key; unset both for the embedded teacher"
+ADVICE = "--teacher is the endpoint's address (it ends in /v1; openai means OPENAI_BASE_URL), OPENAI_API_KEY its key"
 
 
 @dataclass(frozen=True)
