@@ -60,8 +60,8 @@ def main() -> None:
     class TopK(Engine):
         """Samples from the likeliest tokens only, while the log-probabilities trained are of all."""
 
-        def generate(self, *rest: Any, **options: Any) -> Any:
-            return super().generate(*rest, top_k=args.top_k, **options)
+        def generate(self, prompts: Any, num_samples: int = 1, params: Any = None, **options: Any) -> Any:
+            return super().generate(prompts, num_samples, replace(params, top_k=args.top_k), **options)
 
     def from_top_k(engine: Engine, *rest: Any, **options: Any) -> Any:
         return roll_out(TopK(engine.model), *rest, **options)

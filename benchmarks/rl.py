@@ -111,6 +111,7 @@ def main() -> None:
     from edu.data.tokenizer import Tokenizer
     from edu.model.gpt import GPT, GPTConfig
     from edu.stages import rl, rollouts
+    from edu.tasks.score import Score
     from edu.training.step import Term, train_step
 
     logging.set_verbosity_error()
@@ -157,11 +158,11 @@ def main() -> None:
             accelerator = Accelerator(cpu=True)  # a Trainer that ran before has reset accelerate's state
             clock, run = Clock(), cast(Any, SimpleNamespace(model=model))  # of a run it needs the model alone
             steps = rl.Reinforcement(
-                config, accelerator, tokenizer, run, run, Prompts(questions), None, None, args.context
+                config, accelerator, tokenizer, run, run, Prompts(questions), None, None, None, args.context
             )
             model.forward = clock.timed("forward", forward)
             rolling = clock.timed("generation", rollouts.roll_out)
-            scored = patch.object(rollouts, "score", lambda sample, *_: reward(sample.tokens))
+            scored = patch.object(rollouts, "score_all", lambda samples, *_: [Score(reward(s.tokens)) for s in samples])
 
             def step(index: int) -> None:
                 measured = {}

@@ -64,8 +64,8 @@ def measure(args: Args, names: tuple[str, ...]) -> "dict[str, Evaluation]":
     from edu.inference.engine import Engine
     from edu.model.load import load_model, load_tokenizer
     from edu.synthetic.persona import load_identity_eval, load_persona
-    from edu.tasks import load
     from edu.tasks.gsm8k import GSM8K
+    from edu.tasks.load import load
     from edu.training.accelerator import autodetect_device_type
 
     model, tokenizer = load_model(args.model, autodetect_device_type()).eval(), load_tokenizer(args.model)

@@ -1,13 +1,18 @@
 """Challenge 9: problems with a checkable answer, and a reward that compares values and cannot be talked into anything."""
 
+import asyncio
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from gsm8k_answers import ANSWERS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +21,12 @@ from edu.chat.chat_format import parse_completion, render, stream_text
 from edu.chat.mixture import conversation
 from edu.data.rows import read_rows
 from edu.data.tokenizer import Tokenizer
-from edu.tasks import Rewarded, as_trl_reward, completion_text, from_trl_reward, load, score
 from edu.tasks.choice import Choice
 from edu.tasks.gsm8k import GSM8K, extract_answer, normalize
+from edu.tasks.load import load, load_task
 from edu.tasks.mixture import Mixture
+from edu.tasks.score import completion_text, score, score_all
+from edu.tasks.trl import TRLGrader, as_trl_reward
 
 SOLUTION = "Half of 48 is 48/2=<<48/2=24>>24 clips.\nTogether 48+24=<<48+24=72>>72 clips.\n#### 72"
 ROW = {
@@ -131,6 +138,8 @@ ADVERSARIAL = [
     *[("5", text, 1.0) for text in RIGHT_5],
     *[("5", text, 0.0) for text in WRONG_5],
     *[(truth, text, float(expected)) for truth, text, expected in OTHER_TRUTHS + MORE_TRUTHS],
+    *[(truth, f"#### {text}", 1.0) for truth, right, _ in ANSWERS for text in right.split("|")],
+    *[(truth, f"#### {text}", 0.0) for truth, _, wrong in ANSWERS for text in wrong.split("|")],
 ]
 
 
@@ -325,46 +334,118 @@ def test_a_task_reward_serves_trl_in_both_of_its_formats(task: GSM8K) -> None:
         assert f(prompts=["p", "p"], completions=completions, completion_ids=[[1], [2]], **columns) == [1.0, 0.0]
 
 
-def test_a_reward_written_for_trl_works_here_and_sees_the_sampled_ids(task: GSM8K, tokenizer: Tokenizer) -> None:
-    def shortness(prompts: list, completions: list, completion_ids: list, answer: list, **_: Any) -> list[float]:
-        assert prompts == [[{"role": "user", "content": ROW["question"]}]]
-        assert completions == [[{"role": "assistant", "content": "#### 72"}]]
-        return [1 / len(ids) + float(truth == "72") for ids, truth in zip(completion_ids, answer, strict=True)]
+def grade(trl_reward: Any, texts: list[str], **fields: Any) -> list[float]:
+    """Rewards of answers to one problem."""
+    example = {"messages": [{"role": "user", "content": ROW["question"]}], "answer": "72", **fields}
+    return [score.reward for score in TRLGrader(trl_reward).grade([example] * len(texts), texts)]
 
-    class Short(GSM8K):
-        def __init__(self) -> None:
-            self.examples = task.examples
 
-        def reward(self, example: dict[str, Any], completion: str) -> float:
-            return from_trl_reward(shortness)(example, completion)
+def test_a_reward_written_for_trl_is_called_once_for_all_finished_answers(task: GSM8K, tokenizer: Tokenizer) -> None:
+    calls = []
 
-    tokens = [*tokenizer.encode("#### 72"), tokenizer.assistant_end]
-    assert score(Sample(tokens, "stop"), task.get_example(0), Short(), tokenizer) == 1 + 1 / len(tokens)
+    def unique(prompts: list, completions: list, completion_ids: list, answer: list, kind: list, **_: Any) -> list:
+        calls.append((prompts, completions, completion_ids, answer, kind))
+        texts = [messages[-1]["content"] for messages in completions]
+        return [texts.count(text) == 1 for text in texts]
+
+    said = ["#### 72", "#### 7", "#### 7", "#### 1"]
+    samples = [Sample([*tokenizer.encode(text), tokenizer.assistant_end], "stop") for text in said]
+    samples[3].finish_reason = "length"
+    examples = [task.get_example(0)] * 3 + [task.get_example(1)]
+    scores = score_all(samples, examples, TRLGrader(unique).at_step(3, 10), tokenizer)
+    assert [score.reward for score in scores] == [1.0, 0.0, 0.0, 0.0]
+    ((prompts, completions, ids, answers, kinds),) = calls
+    assert prompts == [[{"role": "user", "content": ROW["question"]}]] * 3
+    assert completions == [[{"role": "assistant", "content": text}] for text in said[:3]]
+    assert (ids, answers, kinds) == ([sample.tokens for sample in samples[:3]], ["72"] * 3, ["/+"] * 3)
+    assert not [s for s in score_all(samples[3:], examples[3:], TRLGrader(unique).grade, tokenizer) if s.reward]
+    assert len(calls) == 1  # nothing finished, nothing asked
+
+
+def test_rewards_may_be_async_and_share_one_event_loop() -> None:
+    loops = []
+
+    class Judge:
+        async def __call__(self, completions: list, **_: Any) -> list[float]:
+            await asyncio.sleep(0)
+            loops.append(asyncio.get_running_loop())
+            return [float(len(each[-1]["content"])) for each in completions]
+
+    grader = TRLGrader(Judge())
+    example = {"messages": [], "answer": ""}
+    assert [score.reward for score in [*grader.grade([example], ["abc"]), *grader.grade([example], ["a"])]] == [3, 1]
+    assert loops[0] is loops[1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [[1, 0], (1.0, 0.0), [True, False], [np.bool_(1), np.float32(0)], np.array([1, 0]), torch.tensor([1.0, 0.0]),
+     [torch.tensor(1), torch.tensor(0)], (float(i) for i in (1, 0)), [1.0, None]],
+    ids=str,
+)  # fmt: skip
+def test_rewards_are_read_as_trl_reads_them(given: Any) -> None:
+    assert grade(lambda **_: given, ["a", "b"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [None, 1.0, "10", ["1.0", "0"], [math.nan, 0], [math.inf, 0], [0, -math.inf], [1e300, 0], [10**400, 0], [1.0], [1.0] * 3, [[1], [0]],
+     np.array([np.nan, 0]), torch.tensor([[1.0], [0.0]])],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_reward_for_each_answer_is_one_line_that_names_the_function(given: Any) -> None:
+    def mine(**_: Any) -> Any:
+        return given
+
+    with pytest.raises(ValueError, match=r"^--reward mine gave [^\n]*$"):
+        grade(mine, ["a", "b"])
+
+
+def test_what_trl_hands_to_rewards_for_its_own_trainer_works() -> None:
+    def logs(completions: list, trainer_state: Any, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        log_extra("seen", [each[-1]["content"] for each in completions])
+        log_metric("count", 1.0)
+        log_metric("count", 3.0)
+        return [trainer_state.global_step + trainer_state.max_steps / 100] * len(completions)
+
+    example = {"messages": [{"role": "user", "content": "q"}], "answer": "a"}
+    first, second = TRLGrader(logs).at_step(7, 50)([example, example | {"more": 1}], ["x", "y"])
+    assert (first.reward, first.columns, second.columns) == (7.5, {"seen": "x"}, {"seen": "y"})
+    assert first.metrics == second.metrics == {"count": 2.0}
 
 
 def test_the_adapters_undo_each_other(task: GSM8K) -> None:
-    there_and_back = from_trl_reward(as_trl_reward(task.reward))
-    example = task.get_example(0)
-    assert [there_and_back(example, text) for text in ("#### 72", "#### 7")] == [1.0, 0.0]
-    plain = from_trl_reward(
-        lambda prompts, completions, **_: [float(len(prompts[0]) + len(completions[0]))], conversational=False
-    )
-    assert plain(example, "#### 72") == len(ROW["question"]) + 7
-    for bad in (None, math.nan, math.inf):
-        with pytest.raises(ValueError, match=f"gave {bad}"):
-            from_trl_reward(lambda bad=bad, **_: [bad])(example, "x")
+    assert grade(as_trl_reward(task.reward), ["#### 72", "#### 7"]) == [1.0, 0.0]
 
 
-def test_what_trl_hands_to_rewards_for_its_own_trainer_is_there(task: GSM8K) -> None:
-    def logs(completions: list, trainer_state: Any, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
-        log_extra("seen", completions)
-        log_metric("count", 1.0)
-        return [0.5 if trainer_state is None else 0.0]
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+def test_trls_own_rewards_work_unchanged() -> None:
+    rewards: Any = pytest.importorskip("trl.rewards")
+    thought = "<think>48/2 is 24.</think>72"
+    assert grade(rewards.think_format_reward, [thought, "72"]) == [1.0, 0.0]
+    example = {"messages": [], "answer": "", "completion_ids": [5, 5, 5, 5, 5]}
+    (repeated,) = TRLGrader(rewards.get_repetition_penalty_reward(2, -1.0)).grade([example], ["x"])
+    (overlong,) = TRLGrader(rewards.get_soft_overlong_punishment(4, 2)).grade([example], ["x"])
+    assert (repeated.reward, overlong.reward) == (-0.75, -1.0)
 
-    assert Rewarded(task, logs).reward(task.get_example(0), "x") == 0.5
+
+@pytest.mark.parametrize("reward", [None, "1", math.nan, math.inf])
+def test_a_task_whose_reward_is_no_number_is_told_so(reward: Any, tokenizer: Tokenizer) -> None:
+    task: Any = SimpleNamespace(reward=lambda *_: reward)
+    with pytest.raises(ValueError, match="the task's reward of the answer '' is"):
+        score(Sample([tokenizer.assistant_end], "stop"), {}, task, tokenizer)
 
 
 # What the user wrote
+
+T_CODE = """class make(list):
+    def __init__(self, split):
+        super().__init__([1])
+    def get_example(self, i):
+        return {example}
+    def reward(self, example, text):
+        return 0.0
+"""
 
 
 @pytest.fixture
@@ -400,13 +481,45 @@ def test_the_mixture_of_the_page_grades_each_example_by_its_own_task(page: Path)
     assert {mixture.reward(example, example["answer"]) for example in examples} == {1.0}
 
 
-def test_the_reward_of_the_page_replaces_the_tasks(page: Path, task: GSM8K) -> None:
-    rewarded = Rewarded(task, load(f"{page}/short_reward.py:short_and_right"))
-    assert (len(rewarded), rewarded.get_example(1)) == (2, task.get_example(1))
-    short, long, wrong = (
-        rewarded.reward(rewarded.get_example(0), text) for text in ("#### 72", "So it is:\n#### 72", "#### 7")
-    )
+@pytest.mark.usefixtures("page")
+def test_the_reward_of_the_page_prefers_short_answers_among_the_right_ones() -> None:
+    reward = load("short_reward.py:short_and_right")
+    short, long, wrong = grade(reward, ["#### 72", "So it is:\n#### 72", "#### 7"])
     assert 1.5 > short > long > 1 > wrong == 0
+
+
+def test_a_file_may_import_its_neighbors(tmp_path: Path) -> None:
+    (tmp_path / "beside_it.py").write_text("def length(text):\n    return float(len(text))\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_it import length\n\ndef reward(completions, **_):\n    return [length(c[-1]['content']) for c in completions]\n"
+    )
+    assert grade(load(f"{tmp_path}/mine.py:reward"), ["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def make(split):\n    return 1", "gave a int without __len__, get_example, reward"),
+        ("def make():\n    return 1", "must take the split, 'train'"),
+        ("def make(split:", "was never closed"),
+        ("import no_such_module_here", "No module named"),
+        (T_CODE.format(example="[]"), "example 0 of 'train': needs 'messages'"),
+        (T_CODE.format(example="{}"), "example 0 of 'train': needs 'messages'"),
+        (T_CODE.format(example="{'messages': 'hi'}"), "example 0 of 'train': needs 'messages'"),
+        (T_CODE.format(example="{'messages': [{'role': 'user', 'content': 'q'}]}"), "needs 'answer'"),
+    ],
+)
+def test_a_task_of_another_form_is_one_line_that_names_the_flag(tmp_path: Path, code: str, message: str) -> None:
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(ValueError, match=rf"^--task {re.escape(str(tmp_path))}/mine\.py:make.*{re.escape(message)}"):
+        load_task(f"{tmp_path}/mine.py:make", "train")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32-le"])
+def test_a_task_file_in_another_encoding_is_one_line(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "mine.py").write_text("def make(split):\n    return 1\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"^--task .*mine\.py:make: "):
+        load_task(f"{tmp_path}/mine.py:make", "train")
 
 
 @pytest.mark.parametrize(
@@ -415,7 +528,7 @@ def test_the_reward_of_the_page_replaces_the_tasks(page: Path, task: GSM8K) -> N
         ("nowhere.py:Task", "nowhere.py:Task: no such file as nowhere.py"),
         ("json_facts.py:Nothing", "json_facts.py:Nothing: no function or class of that name"),
         ("json_facts.py:WHO", "json_facts.py:WHO: no function or class of that name"),
-        ("json_facts.py", "json_facts.py: No module named"),
+        ("json_facts.py", "json_facts.py: expected file.py:name"),
         ("no_such_package:f", "no_such_package:f: No module named 'no_such_package'; expected file.py:name"),
         ("json:nothing", "json:nothing: module 'json' has no attribute"),
     ],

@@ -35,8 +35,10 @@ from edu.stages.rollouts import (
     summarise,
     token_logprobs,
 )
-from edu.tasks import Subset
 from edu.tasks.gsm8k import GSM8K
+from edu.tasks.score import grade_one_by_one
+from edu.tasks.task import Subset
+from edu.tasks.trl import TRLGrader
 from edu.training.optimizer import MuonAdamW
 from edu.training.step import Term, train_step
 
@@ -324,7 +326,7 @@ def task() -> GSM8K:
 def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Tokenizer, task: GSM8K) -> None:
     model = random_gpt(vocab_size=tokenizer.vocab_size)
     options = {"num_samples": 16, "max_new_tokens": 8}
-    (group,) = roll_out(Engine(model), tokenizer, task, [task.get_example(0)], [3], **options)
+    (group,) = roll_out(Engine(model), tokenizer, grade_one_by_one(task), [task.get_example(0)], [3], **options)
     prompt = render_prompt(task.get_example(0)["messages"], tokenizer)
     for each in group:
         assert each.prompt == prompt
@@ -356,7 +358,9 @@ def test_the_log_probabilities_trained_are_those_sampled_from_the_stop_token_too
     model = random_gpt(vocab_size=tokenizer.vocab_size)
     with torch.no_grad():
         model.lm_head.weight *= 0.3  # flat enough for some answers to end
-    (group,) = roll_out(Engine(model), tokenizer, task, [task.get_example(0)], [3], num_samples=128, max_new_tokens=16)
+    (group,) = roll_out(
+        Engine(model), tokenizer, grade_one_by_one(task), [task.get_example(0)], [3], num_samples=128, max_new_tokens=16
+    )
     assert {r.sample.finish_reason for r in group} >= {"stop", "length"}
     trained = token_logprobs(model, [r.piece for r in group], 3 * T, batch_size=4)
     for r, logprobs in zip(group, trained, strict=True):
@@ -395,7 +399,7 @@ def reinforcement(config: RLConfig, tokenizer: Tokenizer, task: GSM8K) -> rl.Rei
     model = random_gpt(vocab_size=tokenizer.vocab_size)
     training: Any = SimpleNamespace(model=model)
     accelerator = Accelerator(cpu=True)
-    return rl.Reinforcement(config, accelerator, tokenizer, None, training, Subset(task, [0] * 12), None, None, T)  # type: ignore[arg-type]
+    return rl.Reinforcement(config, accelerator, tokenizer, None, training, Subset(task, [0] * 12), None, None, None, T)  # type: ignore[arg-type]
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, telling: Sequence[bool]) -> list[int]:
@@ -503,10 +507,47 @@ def test_later_updates_on_the_same_rollouts_are_clipped(
     assert "kl" not in figures
 
 
+@pytest.mark.parametrize(("telling", "step", "said"), [(False, 1, True), (True, 1, False), (False, 5, False)])
+def test_a_reward_that_is_equal_for_every_answer_of_the_first_steps_is_said(
+    telling: bool, step: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tokenizer: Tokenizer, task: GSM8K,
+) -> None:  # fmt: skip
+    scripted(monkeypatch, [telling])
+    list(reinforcement(RLConfig(batch_size=4, samples=2, eval_every=100), tokenizer, task).updates(step))
+    found = capsys.readouterr().out
+    assert ("step 1: every answer earned 0, so there is nothing to learn from" in found) == said
+
+
+def test_a_reward_function_grades_a_step_in_one_call_and_what_it_logs_is_kept(
+    tokenizer: Tokenizer, task: GSM8K
+) -> None:
+    calls = []
+
+    def mine(completions: list, log_extra: Any, log_metric: Any, **_: Any) -> list[float]:
+        calls.append(len(completions))
+        log_extra("number", list(range(len(completions))))
+        log_metric("asked", len(completions))
+        return list(range(len(completions)))
+
+    model = random_gpt(vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        model.lm_head.weight *= 0.3
+    examples = [task.get_example(0)] * 2
+    grader = TRLGrader(mine).grade
+    groups = roll_out(Engine(model), tokenizer, grader, examples, [3, 4], num_samples=64, max_new_tokens=32)
+    finished = [r for group in groups for r in group if r.sample.finish_reason == "stop"]
+    assert calls == [len(finished)]
+    assert len(finished) > 1
+    assert [r.reward for r in finished] == list(range(len(finished)))
+    assert summarise(groups)["reward/asked"] == len(finished)
+    shown = [row for group in groups for row in show_group(group, tokenizer) if row["finish_reason"] == "stop"]
+    assert [row["number"] for row in shown] == list(range(len(finished)))
+
+
 def test_settings_without_effect_or_meaning_are_refused() -> None:
     with pytest.raises(ValueError, match="--clip-high: nothing is clipped in one update"):
         RLConfig(clip_high=0.3)
-    with pytest.raises(ValueError, match=r"--kl -1\.0: must not be negative"):
+    with pytest.raises(ValueError, match=r"--kl -1\.0: must be greater than or equal to 0"):
         RLConfig(kl=-1.0)
-    with pytest.raises(ValueError, match="--advantage median: must be one of mean, mean_std, leave_one_out"):
+    with pytest.raises(ValueError, match="--advantage median: must be 'mean', 'mean_std' or 'leave_one_out'"):
         RLConfig(advantage="median")  # type: ignore[arg-type]

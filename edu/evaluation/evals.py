@@ -22,7 +22,8 @@ from edu.data.tokenizer import Tokenizer
 from edu.evaluation.statistics import bootstrap_over_problems, pass_at_k, wilson
 from edu.inference.params import Sample, SamplingParams
 from edu.synthetic.persona import IdentityQuestion, Persona, grade
-from edu.tasks import Task, completion_text, score
+from edu.tasks.score import completion_text, score
+from edu.tasks.task import Task
 
 if TYPE_CHECKING:
     from edu.inference.engine import Engine

@@ -15,8 +15,9 @@ from edu.evaluation.evals import Evaluation
 from edu.inference.engine import Engine
 from edu.inference.params import SamplingParams
 from edu.synthetic.persona import IdentityQuestion, Persona, load_identity_eval, load_persona
-from edu.tasks import Task, load
 from edu.tasks.gsm8k import GSM8K
+from edu.tasks.load import load_task
+from edu.tasks.task import Task
 
 Shown = dict[str, object]
 
@@ -50,7 +51,7 @@ class Suite:
 
 def read_task(config: ChatConfig, split: str) -> Task:
     """Return the problems of a split, "train" or "test": the user's own task, or else those in GSM8K's form."""
-    return GSM8K(split, config.problems) if config.task is None else load(config.task)(split)
+    return GSM8K(split, config.problems) if config.task is None else load_task(config.task, split)
 
 
 def load_suite(config: ChatConfig) -> Suite:

@@ -36,12 +36,17 @@ from edu.stages.rollouts import (
     summarise,
     token_logprobs,
 )
-from edu.tasks import Rewarded, Subset, Task, load
+from edu.tasks.load import load
+from edu.tasks.score import grade_one_by_one
+from edu.tasks.task import Subset, Task
+from edu.tasks.trl import TRLGrader
 from edu.training.accelerator import compute_init
 from edu.training.loop import Hooks, Result, Training, Update, generating, split_rows
 from edu.training.run import Run
 from edu.training.step import Term
 
+FIRST_STEPS = 3
+"""Steps in which equal rewards of all answers are reported."""
 ROUNDS = 4
 """How many times batch_size problems dynamic sampling may try in a step, to find enough that teach something."""
 
@@ -58,8 +63,7 @@ def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
     measured: Task = next(iter(suite.tasks.values()))
     if config.num_problems is not None:
         task = measured = Subset(task, shuffled(len(task), config.seed, 0)[: config.num_problems])
-    if config.reward is not None:
-        task = Rewarded(task, load(config.reward))
+    reward = None if config.reward is None else TRLGrader(load(config.reward, "--reward"))
     source = config.task or str(config.problems or "openai/gsm8k")
     trained_on = [(source, f"{len(task):,} problems, right answers rewarded")]
     replay = None
@@ -71,7 +75,7 @@ def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
     run = Run(config, "rl", accelerator)
     training = Training(run, model, tokenizer, trained_on, hooks=hooks)
     reference = load_model(config.model, accelerator.device, torch.float32).eval() if config.kl else None
-    steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reference, replay, T)
+    steps = Reinforcement(config, accelerator, tokenizer, run, training, task, reward, reference, replay, T)
 
     def evaluate(step: int, model: GPT) -> Mapping[str, float]:
         asked = [measured.get_example(i)["messages"][-1]["content"] for i in range(min(4, len(measured)))]
@@ -117,6 +121,8 @@ class Reinforcement:
     run: Run
     training: Training
     task: Task
+    reward: TRLGrader | None
+    """Grades in place of the task."""
     reference: GPT | None
     """The model that the KL is measured to."""
     replay: Epochs | None
@@ -129,6 +135,12 @@ class Reinforcement:
         if step % self.config.eval_every == 0:
             self.run.show(step, [row for group in sampled[:1] for row in show_group(group, self.tokenizer)])
         of_rollouts = summarise(gather_object(sampled))
+        if step < FIRST_STEPS and of_rollouts[metrics.REWARD_STD] == 0:
+            self.accelerator.print(
+                f"step {step}: every answer earned {of_rollouts[metrics.REWARD]:g}, so there is nothing to learn from. Look at "
+                f"{self.config.out / 'samples.jsonl'}; teach the form of an answer by SFT, take easier problems, raise "
+                "--samples or --max-new-tokens, or let --reward give part of the reward for part of the way"
+            )
         for terms, of_update in self.terms(step, [r for group in kept for r in group]):
             yield Update(terms, of_rollouts | of_update)
 
@@ -141,6 +153,8 @@ class Reinforcement:
         size, rounds = config.batch_size, ROUNDS if config.dynamic_sampling else 1
         chosen = draw(len(self.task), config.seed, step * rounds * size, rounds * size)
         sampled, telling = dict[int, list[Rollout]](), list[int]()
+        by_task = grade_one_by_one(self.task)
+        grader = by_task if self.reward is None else self.reward.at_step(step, config.max_steps)
         with generating(self.accelerator, self.training.model) as model:
             engine = Engine(model)
             for first in range(0, rounds * size, size):
@@ -148,7 +162,7 @@ class Reinforcement:
                 groups = roll_out(
                     engine,
                     self.tokenizer,
-                    self.task,
+                    grader,
                     [self.task.get_example(chosen[i]) for i in mine],
                     [seed_of(config.seed, step, i) for i in mine],
                     num_samples=config.samples,

@@ -21,7 +21,8 @@ from edu.inference.engine import Engine
 from edu.inference.params import Sample, SamplingParams
 from edu.model.gpt import GPT
 from edu.stages.objective import Advantage, advantages
-from edu.tasks import Example, Subset, Task, score
+from edu.tasks.score import Grader, Score, score_all
+from edu.tasks.task import Example, Subset, Task
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ class Rollout:
     sample: Sample
     reward: float
     advantage: float
-    """How much better than its group it is, as edu.stages.objective defines."""
+    """Excess of the reward over its group's, as edu.stages.objective defines."""
+    logged: Score | None = None
+    """Columns and metrics that the reward function logged."""
 
     @property
     def length(self) -> int:
@@ -60,7 +63,7 @@ def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
 def roll_out(
     engine: Engine,
     tokenizer: Tokenizer,
-    task: Task,
+    grader: Grader,
     examples: Sequence[Example],
     seeds: Sequence[int],
     *,
@@ -68,7 +71,7 @@ def roll_out(
     max_new_tokens: int,
     advantage: Advantage = "mean",
 ) -> list[list[Rollout]]:
-    """K independent rollouts of each problem, scored against each other."""
+    """Sample K independent rollouts of each problem, score all by one call of the grader, and compare each group."""
     prompts = [render_prompt(example["messages"], tokenizer) for example in examples]
     groups = engine.generate(
         prompts,
@@ -77,11 +80,13 @@ def roll_out(
         seed=seeds,
         tool=calculator_tool(tokenizer),
     )
+    samples = [sample for group in groups for sample in group]
+    scores = iter(score_all(samples, [e for e in examples for _ in range(num_samples)], grader, tokenizer))
     rollouts = []
-    for prompt, example, group in zip(prompts, examples, groups, strict=True):
-        rewards = [score(sample, example, task, tokenizer) for sample in group]
-        rated = zip(group, rewards, advantages(rewards, advantage), strict=True)
-        rollouts.append([Rollout(prompt, sample, reward, above) for sample, reward, above in rated])
+    for prompt, group in zip(prompts, groups, strict=True):
+        found = [next(scores) for _ in group]
+        rated = zip(group, found, advantages([score.reward for score in found], advantage), strict=True)
+        rollouts.append([Rollout(prompt, sample, score.reward, above, score) for sample, score, above in rated])
     return rollouts
 
 
@@ -174,6 +179,7 @@ def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str,
             "finish_reason": each.sample.finish_reason,
             "reward": each.reward,
             "advantage": each.advantage,
+            **(each.logged.columns if each.logged else {}),
         }
         for each in group
     ]
@@ -183,6 +189,9 @@ def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """The figures of a step's rollouts, under TRL's names."""
     flat = [rollout for group in groups for rollout in group]
     rewards = [[rollout.reward for rollout in group] for group in groups]
+    logged = dict[str, list[float]]()
+    for name, value in (item for rollout in flat if rollout.logged for item in rollout.logged.metrics.items()):
+        logged.setdefault(name, []).append(value)
     chosen = [p for r in flat for p, m in zip(r.sample.logprobs, r.sample.mask, strict=True) if m]
     return {
         metrics.REWARD: fmean(rollout.reward for rollout in flat),
@@ -192,6 +201,7 @@ def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         metrics.CLIPPED_RATIO: fmean(rollout.sample.finish_reason == "length" for rollout in flat),
         # -log p of what was sampled is an unbiased estimate of the entropy where it was sampled.
         metrics.ENTROPY: -fmean(chosen),
+        **{f"reward/{name}": fmean(values) for name, values in logged.items()},
     }
 
 

@@ -6,7 +6,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from edu.data.rows import read_rows, text_field
-from edu.tasks import Example
+from edu.tasks.task import Example
 
 _LETTER = re.compile(r"(?:#### ?)?\(?([A-Z])[).]?")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edu.data.rows import hub_rows, read_rows, text_field
-from edu.tasks import Example
+from edu.tasks.task import Example
 
 MAX_ANSWERS = 2  # answers a completion may print: its last one counts, so this allows it to correct itself once
 MISSING = "{path}: no such file. The embedded problems are made by: python scripts/download_shards.py --source tiny"
@@ -21,13 +21,15 @@ _NUMBER = re.compile(
 )
 # Right behind the number, perhaps after spaces, hyphens or a currency; M is a million, m is a unit (meters, minutes).
 _SCALED = re.compile(
-    r"[\s$-]*(?:[kK]|M|MM|B|T|(?i:mio|mrd|mil|mln|mn|bn|bil|tn|trn|tril|grand|dozens?|half|halves|thirds|fourths|fifths|sixths|eighths|tenths))"
+    r"[\s$-]*(?:[kK]|M|MM|B|T|(?i:mio|mrd|mill?|mln|mn|bn|bil|bln|lac|gross|tens|tn|trn|tril|grand|dozens?|half|halves|thirds|fourths|fifths|sixths|eighths|tenths))"
     r"(?![a-zA-Z]|-[a-zA-Z])"
 )
 # Anywhere behind it: "5 and a half", "5 (in thousands)", "5 whole million".
 _SCALED_LATER = re.compile(
-    r"(?i)\b(?:hundred|thousand|million|billion|trillion|lakh|crore)(?:ths?|s|\b)"
-    r"|\b(?:and|plus)\s+(?:[a-z]+[\s-]+){0,2}(?:half|halves|quarters?|thirds?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+    r"(?i)\b(?:hundred|thousand|million|billion|trillion|quadrillion|quintillion|lakh|crore)(?:ths?|s|\b)"
+    r"|\bpoint\s+(?:zero|oh|one|two|three|four|five|six|seven|eight|nine)\b"
+    r"|(?:\b(?:and|plus)\b|[&+])[\s-]*(?:[a-z]+[\s-]+){0,2}(?:half|halves|quarters?|thirds?|fourths?|fifths?|sixths?|eighths?|tenths?)\b"
+    r"|\b(?:and|plus)[\s-]+(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b"
 )
 _GROUPED = re.compile("(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")  # spaces that do not break: 1 000
 _PLAIN = str.maketrans(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from random import Random
 
-from edu.tasks import Example, Task
+from edu.tasks.task import Example, Task
 
 
 class Mixture:
