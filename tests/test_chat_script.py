@@ -78,7 +78,7 @@ def test_the_seed_is_another_each_time_unless_it_is_given(chat: Any, monkeypatch
             return []
 
     class Tokenizer:
-        assistant_end = bos = 0
+        assistant_end = bos = python_start = python_end = output_start = output_end = 0
 
         def decode(self, _: list[int]) -> str:
             return ""

@@ -16,7 +16,7 @@ from edu.chat.mixture import load_sft_data, read_mixture
 from edu.config.cli import parse
 from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
 from edu.data.metrics_log import read_metrics
-from edu.data.shards import verify_folder
+from edu.data.shard_folder import verify_folder
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.comparison import read_records
 from edu.evaluation.report import sections
