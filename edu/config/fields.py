@@ -32,6 +32,7 @@ def checked(label: str, hint: Any, value: Any) -> Any:
 
     Raises ValueError, which names `label` and the value, where type or bounds are not met.
 
+    >>> from pathlib import Path
     >>> checked("--seed", int | None, "NONE"), checked("--out", Path, "runs").name
     (None, 'runs')
     >>> checked("--max-steps", int, True)
