@@ -165,7 +165,7 @@ def law_qk_norm(m: Any) -> None:
 
 def law_scale(m: Any) -> None:
     """Scores are divided by the root of D."""
-    attention = _block(m, hidden_size=16, num_attention_heads=1, num_key_value_heads=1).self_attn
+    attention = m.CausalSelfAttention(m.Config(hidden_size=16, num_attention_heads=1, num_key_value_heads=1)).eval()
     with torch.no_grad():
         for weight in attention.parameters():
             weight.copy_(torch.eye(16))

@@ -111,9 +111,10 @@ def law_prompt_read_once(m: Any) -> None:
     model, seen = _model(m), []
     model.embed.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape)))
     m.Engine(model).generate(PROMPTS[1], 4, num_samples=3, temperature=1.0)
-    expected = [(1, 9), (3, 1), (3, 1), (3, 1)]
-    assert seen == expected, (
-        f"(rows, positions) of the forward passes: {seen}; expected {expected}, and none after the last token"
+    whole = [(1, 9), (3, 1), (3, 1), (3, 1)]
+    without_last = [(1, 8), (3, 1), (3, 1), (3, 1), (3, 1)]  # the prompt's last token may be the first step's
+    assert seen in (whole, without_last), (
+        f"(rows, positions) of the forward passes: {seen}; expected {whole}, and none after the last token"
     )
 
 

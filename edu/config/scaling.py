@@ -1,4 +1,4 @@
-"""What a depth implies, and what a run will cost: scaling rules, FLOPs, memory. Arithmetic without torch.
+"""Scaling rules of a depth, and the cost of a run: FLOPs, memory. Arithmetic without torch.
 
 The rules are nanochat's: sizes follow the depth, and what was tuned at depth 12 is carried over to others by the
 number of training tokens D. Below depth 8 or so they extrapolate: small models like more, smaller steps.
@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 TUNED_DEPTH = 12
 TUNED_BATCH = 2**19
@@ -16,7 +17,7 @@ TUNED_BATCH = 2**19
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that a model's parameters, FLOPs and memory follow from.
+    """Sizes from which a model's parameters, FLOPs and memory follow.
 
     >>> d12 = Sizes.of_depth(12, vocab_size=32768)
     >>> d12.channels, d12.heads, f"{d12.blocks:,}", f"{d12.parameters:,}"
@@ -31,24 +32,30 @@ class Sizes:
 
     @classmethod
     def of_depth(cls, depth: int, vocab_size: int = 0) -> "Sizes":
-        """64 channels a layer, rounded up to whole heads of 128; as many key/value heads as query heads."""
+        """Return nanochat's sizes of a depth: 64 channels a layer, rounded up to whole heads of 128; as many key/value heads as query heads."""
         heads = -(-depth * 64 // 128)
         return cls(depth, heads * 128, heads, heads, vocab_size)
 
+    @classmethod
+    def of_config(cls, config: Any) -> "Sizes":
+        """Read them from a model's configuration (edu.model.config.GPTConfig)."""
+        layers, C, H = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+        return cls(layers, C, H, config.kv_heads, config.vocab_size)
+
     @property
     def blocks(self) -> int:
-        """Parameters of the blocks' matrices: q and o, k and v, and an MLP four times as wide."""
+        """Count the parameters of the blocks' matrices: q and o, k and v, and an MLP four times as wide."""
         C = self.channels
         return self.layers * (2 * C * C + 2 * C * C * self.kv_heads // self.heads + 8 * C * C)
 
     @property
     def parameters(self) -> int:
-        """All of them: blocks, embedding, head."""
+        """Count all parameters: blocks, embedding, head."""
         return self.blocks + 2 * self.vocab_size * self.channels
 
     @property
     def computed(self) -> int:
-        """Blocks and head: those that are multiplied with every token."""
+        """Count the parameters that are multiplied with every token: blocks and head."""
         return self.blocks + self.vocab_size * self.channels
 
     def flops_per_token(self, sequence_length: float) -> float:
@@ -56,7 +63,7 @@ class Sizes:
         return 6 * self.computed + 12 * self.layers * self.channels * sequence_length
 
     def memory(self, micro_batch_size: int, sequence_length: int, bytes_each: int = 4) -> int:
-        """Bytes of a training step on one process, roughly: weights, gradients, optimizer, activations.
+        """Estimate the bytes of a training step on one process: weights, gradients, optimizer, activations.
 
         Weights, gradients and Muon's momentum are 4 bytes each, AdamW's two moments (embedding, head) 8. A block keeps
         about 40 values of each channel for the backward pass (measured); the head holds a few chunks of 1024 logits in fp32.
@@ -67,7 +74,7 @@ class Sizes:
 
 
 def batch_tokens(tokens: float, tuned_tokens: float) -> int:
-    """The best number of tokens a step for a run of so many: it grows with D^0.383 (arXiv:2505.13738), in powers of two.
+    """Return the best number of tokens a step for a run of so many, which grows with D^0.383 (arXiv:2505.13738), in powers of two.
 
     >>> batch_tokens(1.3e9, 1.3e9), batch_tokens(5.2e9, 1.3e9), batch_tokens(4e7, 1.3e9)
     (524288, 1048576, 131072)
@@ -76,7 +83,7 @@ def batch_tokens(tokens: float, tuned_tokens: float) -> int:
 
 
 def vocab_size_of(tokenizer: Path) -> int:
-    """Ids of a tokenizer's folder; ValueError where there is none."""
+    """Count the ids of a tokenizer's folder; ValueError where there is none."""
     path = tokenizer / "tokenizer.json"
     if not path.is_file():
         raise ValueError(

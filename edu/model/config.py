@@ -1,10 +1,8 @@
-"""The sizes of a GPT, as config.json holds them."""
+"""Sizes of a GPT, as config.json holds them."""
 
 from typing import Any
 
 from transformers.models.nanochat.configuration_nanochat import NanoChatConfig
-
-from edu.config.scaling import Sizes
 
 LARGEST = dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"), 10**6)
 LARGEST |= {"num_hidden_layers": 10**4, "vocab_size": 10**7, "max_position_embeddings": 10**7}
@@ -29,33 +27,27 @@ class GPTConfig(NanoChatConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds: the stock class is named, so that no remote code is ever needed."""
+        """Return the fields of config.json, which names the stock class, so that no remote code is ever needed."""
         return super().to_dict() | {"architectures": ["NanoChatForCausalLM"]}
 
     @property
     def head_dim(self) -> int:
-        """Channels of one head."""
+        """Return the channels of one head, D."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, K."""
+        """Return the number of key/value heads, K."""
         return self.num_key_value_heads or self.num_attention_heads
 
     @property
-    def sizes(self) -> Sizes:
-        """What a run's cost follows from."""
-        layers, C = self.num_hidden_layers, self.hidden_size
-        return Sizes(layers, C, self.num_attention_heads, self.kv_heads, self.vocab_size)
-
-    @property
     def rope(self) -> dict[str, Any]:
-        """The rotary embedding's parameters."""
+        """Return the parameters of the rotary embedding."""
         return dict(self.rope_parameters or {})
 
     @classmethod
     def tiny(cls, **overrides: Any) -> "GPTConfig":
-        """The size that tests and examples use: about 100 thousand parameters."""
+        """Return the size that tests and examples use: about 100 thousand parameters."""
         sizes: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
         return cls(**{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **sizes, **overrides})

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from edu.config.scaling import Sizes
 from edu.data.hub_files import model_folder
 from edu.data.tokenizer import Tokenizer
 from edu.model.config import GPTConfig
@@ -67,7 +68,10 @@ def _read_config(name: str, folder: Path) -> GPTConfig:
     ) as error:
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"--model {name}: its config.json describes no model of this architecture ({why})") from None
-    held, described = sum(path.stat().st_size for path in folder.glob("model*.safetensors")), config.sizes.parameters
+    held, described = (
+        sum(path.stat().st_size for path in folder.glob("model*.safetensors")),
+        Sizes.of_config(config).parameters,
+    )
     if held and described > 2 * held:
         raise ValueError(
             f"--model {name}: config.json describes {described:,} parameters, its files have {held:,} bytes"

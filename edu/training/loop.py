@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.fsdp import FSDPModule
 
 from edu.config import metrics
+from edu.config.scaling import Sizes
 from edu.config.stages import StageConfig, as_settings
 from edu.config.terminal import progress
 from edu.data.atomic_io import write_text
@@ -111,7 +112,7 @@ class Training:
             compile_steps(model)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.optimizer.optimizer.allocate()
-        self.sizes, self.peak = model.config.sizes, peak_flops(self.accelerator.device.type)
+        self.sizes, self.peak = Sizes.of_config(model.config), peak_flops(self.accelerator.device.type)
         self.step = self.tokens = 0
         self.parts = 1
         """In how many parts each micro-batch is computed: doubled where memory runs out, and kept by checkpoints."""
