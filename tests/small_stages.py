@@ -19,6 +19,7 @@ from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.stages import rollouts
 from edu.stages.run import train
+from edu.tasks.score import Score
 
 SMALL = {"batch_size": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "warmup": 2}
 Stage = tuple[Callable[[Any], Any], StageConfig]
@@ -80,9 +81,14 @@ def stages_in(home: Path) -> dict[str, Stage]:
     return {"base": (train, base), "sft": (train, tuned), "rl": (train, reinforced)}
 
 
-def reward_of(sample: Any, *_: Any) -> float:
-    """In place of `rollouts.score`: a reward that an untrained model can earn, so that there is something to reinforce."""
+def reward_of(sample: Any) -> float:
+    """Reward a sample in a way that an untrained model can earn, so that there is something to reinforce."""
     return float(sample.tokens[0] % 2)
+
+
+def scoring_by(reward: Callable[[Any], float]) -> Callable[..., list[Score]]:
+    """Return a stand-in for `rollouts.score_all` that rewards every sample, finished or not, by a function of it."""
+    return lambda samples, *_: [Score(reward(sample)) for sample in samples]
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
@@ -91,7 +97,7 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    rollouts.score = reward_of
+    rollouts.score_all = scoring_by(reward_of)
     Accelerator.end_training = lambda _: None  # ends the process group, which the next stage needs
     for name, (_, config) in stages_in(Path(sys.argv[1])).items():
         train(replace(config, out=Path(sys.argv[2]) / name))

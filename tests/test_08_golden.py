@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_stages import fill, reward_of, stages_in, steps_of
+from small_stages import fill, reward_of, scoring_by, stages_in, steps_of
 
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine
@@ -54,7 +54,7 @@ def curves(home: Path, tokenizer: Tokenizer) -> dict[str, dict[str, list[float]]
 def test_twenty_steps_of_each_stage_are_as_recorded(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollouts, "score", reward_of)
+    monkeypatch.setattr(rollouts, "score_all", scoring_by(reward_of))
     monkeypatch.setattr(rl, "Engine", Dice)
     for name, found in curves(tmp_path, tokenizer).items():
         expected = json.loads((GOLDEN / f"{name}.json").read_text())
@@ -71,10 +71,9 @@ def test_twenty_steps_of_each_stage_are_as_recorded(
 
 if __name__ == "__main__":
     from conftest import SENTENCES
-
     from edu.data.tokenizer import train_tokenizer
 
-    rollouts.score, rl.Engine = reward_of, Dice
+    rollouts.score_all, rl.Engine = scoring_by(reward_of), Dice
     target = Path(sys.argv[1]) if sys.argv[1:] else GOLDEN
     target.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_stages import Stage, fill, reward_of, stages_in, steps_of
+from small_stages import Stage, fill, reward_of, scoring_by, stages_in, steps_of
 
 from edu.config.stages import StageConfig
 from edu.data.metrics_log import read_metrics
@@ -38,7 +38,7 @@ def start(stage: Stage, log: Path, touches: int | None = None) -> int:
         sys.stdout = sys.stderr = log.open("a")
         if touches is not None:
             kill_at(touches)
-        rollouts.score = reward_of
+        rollouts.score_all = scoring_by(reward_of)
         train, config = stage
         train(config)
         code = 0

@@ -18,7 +18,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from filelock import FileLock
 from safetensors.torch import load_file
-from small_stages import Stage, fill, reward_of, stages_in, steps_of
+from small_stages import Stage, fill, reward_of, scoring_by, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
 
@@ -43,7 +43,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> di
 @pytest.fixture(scope="module", autouse=True)
 def earned() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "score", reward_of)
+        patch.setattr(rollouts, "score_all", scoring_by(reward_of))
         yield
 
 
@@ -382,7 +382,7 @@ def test_the_utilisation_of_rl_counts_the_rows_as_long_as_they_are(
 
     monkeypatch.setattr(GPT, "forward", watched)
     turn = itertools.count()
-    monkeypatch.setattr(rollouts, "score", lambda *_: float(next(turn) % 2))
+    monkeypatch.setattr(rollouts, "score_all", scoring_by(lambda _: float(next(turn) % 2)))
     train(replace(config, out=tmp_path / "again", max_steps=1, replay=None, batch_size=1, max_new_tokens=4))
     row = next(r for r in read_metrics(tmp_path / "again" / "metrics.jsonl") if "loss" in r)
     assert shapes
@@ -398,11 +398,11 @@ def test_rewards_that_are_all_equal_change_nothing_and_the_steps_are_counted(
     train, config = stages["rl"]
     scored = []
 
-    def constant_after_two_steps(sample: Any, *_: Any) -> float:
+    def constant_after_two_steps(sample: Any) -> float:
         scored.append(sample)
         return reward_of(sample) if len(scored) <= 2 * 8 * config.samples else 1.0
 
-    monkeypatch.setattr(rollouts, "score", constant_after_two_steps)
+    monkeypatch.setattr(rollouts, "score_all", scoring_by(constant_after_two_steps))
     out = tmp_path / "again"
     train(replace(config, out=out, max_steps=6, replay=None, save_every=2, eval_every=100, keep=9, eval_limit=1))
     rows = [row for row in steps_of(out) if "loss" in row]
