@@ -41,7 +41,7 @@ def main() -> None:
     import torch
 
     from edu.config import metrics
-    from edu.config.stages import RLConfig
+    from edu.config.rl import RLConfig
     from edu.data.metrics_log import read_metrics
     from edu.data.packing import TrainingExample
     from edu.inference.engine import Engine

@@ -42,7 +42,7 @@ class Args:
 
 def main() -> None:
     args = parse(Args)
-    from edu.config.stages import PretrainConfig
+    from edu.config.pretrain import PretrainConfig
     from edu.data.loader import stream_batches
     from edu.data.shards import list_shards
     from edu.data.tokenizer import Tokenizer

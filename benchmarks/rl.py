@@ -106,7 +106,7 @@ def main() -> None:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from edu.chat.chat_format import render_prompt
-    from edu.config.stages import RLConfig
+    from edu.config.rl import RLConfig
     from edu.data.packing import TrainingExample, collate, pack_rows
     from edu.data.tokenizer import Tokenizer
     from edu.model.gpt import GPT, GPTConfig

@@ -4,7 +4,7 @@ Example: accelerate launch scripts/pretrain.py --config recipes/tiny/base.yaml
 """
 
 from edu.config.cli import parse, run_script
-from edu.config.stages import PretrainConfig
+from edu.config.pretrain import PretrainConfig
 from edu.stages.run import run
 
 

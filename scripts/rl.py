@@ -4,7 +4,7 @@ Example: accelerate launch scripts/rl.py --config recipes/tiny/rl.yaml
 """
 
 from edu.config.cli import parse, run_script
-from edu.config.stages import RLConfig
+from edu.config.rl import RLConfig
 from edu.stages.run import run
 
 

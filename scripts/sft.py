@@ -4,7 +4,7 @@ Example: accelerate launch scripts/sft.py --config recipes/tiny/sft.yaml
 """
 
 from edu.config.cli import parse, run_script
-from edu.config.stages import SFTConfig
+from edu.config.sft import SFTConfig
 from edu.stages.run import run
 
 

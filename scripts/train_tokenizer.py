@@ -37,7 +37,7 @@ def main() -> None:
     from edu.data.compression import SAMPLES, bytes_per_token, peers
     from edu.data.shards import list_shards
     from edu.data.sources import read_texts
-    from edu.data.tokenizer import train_tokenizer
+    from edu.data.train_tokenizer import train_tokenizer
 
     train, val = list_shards(args.data, "train"), list_shards(args.data, "val")
     texts = track(first(read_texts(train), args.max_chars), "reading text", disable=not sys.stdout.isatty())

@@ -41,6 +41,6 @@ SENTENCES = [
 @pytest.fixture(scope="session")
 def tokenizer() -> "Tokenizer":
     """A vocabulary of 512 ids."""
-    from edu.data.tokenizer import train_tokenizer
+    from edu.data.train_tokenizer import train_tokenizer
 
     return train_tokenizer(SENTENCES * 3, vocab_size=512)

@@ -14,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import Accelerator
 
-from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, StageConfig
+from edu.config.pretrain import PretrainConfig
+from edu.config.rl import RLConfig
+from edu.config.sft import SFTConfig
+from edu.config.stages import StageConfig
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.stages import rollouts

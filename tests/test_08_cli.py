@@ -13,7 +13,10 @@ import pytest
 
 from edu.chat.mixture import load_sft_data, read_mixture
 from edu.config.cli import parse
-from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.config.pretrain import PretrainConfig
+from edu.config.rl import RLConfig
+from edu.config.sft import SFTConfig
+from edu.config.stages import as_settings
 from edu.data.packing import TrainingExample
 from edu.data.tokenizer import Tokenizer
 from edu.training.resume import FREE_ON_RESUME

@@ -71,7 +71,7 @@ def test_twenty_steps_of_each_stage_are_as_recorded(
 
 if __name__ == "__main__":
     from conftest import SENTENCES
-    from edu.data.tokenizer import train_tokenizer
+    from edu.data.train_tokenizer import train_tokenizer
 
     rollouts.score_all, rl.Engine = scoring_by(reward_of), Dice
     target = Path(sys.argv[1]) if sys.argv[1:] else GOLDEN

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from small_stages import steps_of
 
 from edu.config.cli import parse
-from edu.config.stages import PretrainConfig, SFTConfig, StageConfig
+from edu.config.pretrain import PretrainConfig
+from edu.config.sft import SFTConfig
+from edu.config.stages import StageConfig
 from edu.data.tokenizer import Tokenizer
 from edu.model.load import load_model, load_tokenizer
 from edu.stages.run import train

@@ -22,15 +22,17 @@ from small_stages import Stage, fill, reward_of, scoring_by, stages_in, steps_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker import FSDP2
 
-from edu.config.stages import SFTConfig, StageConfig, as_settings
+from edu.config.sft import SFTConfig
+from edu.config.stages import StageConfig, as_settings
 from edu.data.metrics_log import read_metrics
 from edu.data.tokenizer import Tokenizer
 from edu.model.gpt import GPT
 from edu.model.load import load_model
 from edu.stages import pretrain, rollouts, run
 from edu.training import loop
+from edu.training.finished import is_finished
 from edu.training.loop import Training
-from edu.training.resume import checkpoints, is_finished
+from edu.training.resume import checkpoints
 
 
 @pytest.fixture(scope="module")

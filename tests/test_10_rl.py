@@ -17,7 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from test_04_model import random_gpt
 
 from edu.chat.chat_format import calculator_tool, render_prompt
-from edu.config.stages import Advantage, Normalization, RLConfig
+from edu.config.rl import Advantage, Normalization, RLConfig
 from edu.data.packing import Batch, TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine

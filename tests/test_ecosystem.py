@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SENTENCES
 from transformers import AutoModelForCausalLM
 
+from conftest import SENTENCES
 from edu.chat.chat_format import render, tool_call
-from edu.config.stages import PretrainConfig, SFTConfig
+from edu.config.pretrain import PretrainConfig
+from edu.config.sft import SFTConfig
 from edu.data.packing import TrainingExample, collate
 from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine

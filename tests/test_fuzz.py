@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from edu.chat.mixture import load_sft_data, read_mixture
 from edu.config.cli import parse
-from edu.config.stages import PretrainConfig, RLConfig, SFTConfig, as_settings
+from edu.config.pretrain import PretrainConfig
+from edu.config.rl import RLConfig
+from edu.config.sft import SFTConfig
+from edu.config.stages import as_settings
 from edu.data.metrics_log import read_metrics
 from edu.data.shard_folder import verify_folder
 from edu.data.tokenizer import Tokenizer
@@ -25,7 +28,7 @@ from edu.model.gpt import GPT, GPTConfig
 from edu.synthetic.persona import load_identity_eval, load_persona, load_starters
 from edu.tasks.gsm8k import GSM8K
 from edu.training.checkpoint import load_model
-from edu.training.resume import nothing_to_do
+from edu.training.finished import nothing_to_do
 
 PERSONA = load_persona(Path("data/persona.yaml"))
 ODD = [

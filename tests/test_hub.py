@@ -19,7 +19,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 
-from edu.config.stages import PretrainConfig, RLConfig, as_settings
+from edu.config.pretrain import PretrainConfig
+from edu.config.rl import RLConfig
+from edu.config.stages import as_settings
 from edu.data.hub_files import EVAL_RESULTS
 from edu.data.tokenizer import Tokenizer
 from edu.hub.push import Card, push, write_card

@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from torch._dynamo.testing import CompileCounter
 
 from edu.config.cli import parse
-from edu.config.stages import PretrainConfig, RLConfig, SFTConfig
+from edu.config.pretrain import PretrainConfig
+from edu.config.rl import RLConfig
+from edu.config.sft import SFTConfig
 from edu.data.packing import TrainingExample, collate
 from edu.model.config import GPTConfig
 from edu.model.gpt import GPT

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from edu.data.compression import PEERS, bytes_per_token, peers
-from edu.data.tokenizer import NUMBERS, SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from edu.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from edu.data.train_tokenizer import NUMBERS, train_tokenizer
 from edu.synthetic.world.documents import draw_documents
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field
 
 from edu.chat.chat_format import TRAIN_FLAGS, ConversationError, Message, render, tool_call, trains
 from edu.chat.sft_data import training_example
-from edu.config.cli import checked
+from edu.config.fields import checked
 from edu.config.reading import read_yaml
 from edu.data.packing import TrainingExample
 from edu.data.rows import Row, hub_rows, read_rows, text_field

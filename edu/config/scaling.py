@@ -1,18 +1,7 @@
-"""Scaling rules of a depth, and the cost of a run: FLOPs, memory. Arithmetic without torch.
+"""Sizes of a model and what a run of it will cost: parameters, FLOPs, memory. Arithmetic without torch."""
 
-The rules are nanochat's: sizes follow the depth, and what was tuned at depth 12 is carried over to others by the
-number of training tokens D. Below depth 8 or so they extrapolate: small models like more, smaller steps.
-"""
-
-import json
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-TUNED_DEPTH = 12
-TUNED_BATCH = 2**19
-"""Tokens a step that were best at depth 12; the learning rates belong to them."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +60,3 @@ class Sizes:
         state = 8 * self.parameters + 4 * self.blocks + 8 * (self.parameters - self.blocks)
         kept = micro_batch_size * sequence_length * self.channels * 40 * self.layers * bytes_each
         return state + kept + 4 * 1024 * self.vocab_size * 4
-
-
-def batch_tokens(tokens: float, tuned_tokens: float) -> int:
-    """Return the best number of tokens a step for a run of so many, which grows with D^0.383 (arXiv:2505.13738), in powers of two.
-
-    >>> batch_tokens(1.3e9, 1.3e9), batch_tokens(5.2e9, 1.3e9), batch_tokens(4e7, 1.3e9)
-    (524288, 1048576, 131072)
-    """
-    return 2 ** round(math.log2(TUNED_BATCH * (tokens / tuned_tokens) ** 0.383))
-
-
-def vocab_size_of(tokenizer: Path) -> int:
-    """Count the ids of a tokenizer's folder; ValueError where there is none."""
-    path = tokenizer / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"--tokenizer {tokenizer}: no tokenizer there, and the horizon of --depth counts its vocabulary"
-        )
-    described = json.loads(path.read_text(encoding="utf-8"))
-    return 1 + max([*described["model"]["vocab"].values(), *(token["id"] for token in described["added_tokens"])])

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from edu.config.stages import Advantage, Normalization
+from edu.config.rl import Advantage, Normalization
 
 STD_FLOOR = 1e-4  # added to the standard deviation, as TRL does: a group of nearly equal rewards must not explode
 

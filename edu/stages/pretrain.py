@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from edu.config.metrics import BPB
-from edu.config.stages import PretrainConfig
+from edu.config.pretrain import PretrainConfig
 from edu.config.terminal import duration
 from edu.data.loader import LoaderState, stream_batches, validation_batches
 from edu.data.packing import Batch

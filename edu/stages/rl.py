@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from edu.chat.mixture import load_sft_data
 from edu.chat.sft_data import Epochs, batches_of
 from edu.config import metrics
-from edu.config.stages import RLConfig
+from edu.config.rl import RLConfig
 from edu.data.tokenizer import Tokenizer
 from edu.evaluation.evals import evaluate_task
 from edu.evaluation.suite import load_suite, read_task, show_answers

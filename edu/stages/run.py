@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edu.config.stages import ChatConfig, PretrainConfig, SFTConfig, StageConfig
-from edu.training.resume import nothing_to_do, push_advice
+from edu.config.pretrain import PretrainConfig
+from edu.config.sft import SFTConfig
+from edu.config.stages import ChatConfig, StageConfig
+from edu.training.finished import nothing_to_do, push_advice
 
 if TYPE_CHECKING:
     from edu.training.loop import Hooks, Result

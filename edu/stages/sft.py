@@ -8,7 +8,7 @@ from edu.chat.chat_format import calculator_tool, render_prompt, stream_text
 from edu.chat.mixture import load_sft_data
 from edu.chat.sft_data import Epochs, batches_of
 from edu.config.metrics import VAL_LOSS
-from edu.config.stages import SFTConfig
+from edu.config.sft import SFTConfig
 from edu.data.packing import IGNORE, Batch, pack_rows
 from edu.inference.engine import Engine
 from edu.inference.params import SamplingParams

@@ -1,4 +1,4 @@
-"""What a stage's folder says before torch is imported: finished, to be continued, or made from something else."""
+"""Check that a stage's folder was made with these settings, from these files. No torch here."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from shlex import quote
 from typing import Any
 
 from edu.config.fields import flag
-from edu.config.reading import read_json, read_yaml
+from edu.config.reading import read_yaml
 from edu.config.stages import StageConfig, as_settings
 
 FREE_ON_RESUME = {"out", "save_every", "keep", "eval_every", "micro_batch_size", "log_with", "compile", "eval_batches"}
@@ -104,35 +104,3 @@ def check_resumable(config: StageConfig) -> None:
                 f"{path}: no settings in it; the file is damaged: delete it, the checkpoints know them too"
             )
         check_settings(config, before, config.out)
-
-
-def is_finished(config: StageConfig) -> bool:
-    """Return whether this very run is complete: its last output, eval.json, is there. Raises on other settings or inputs."""
-    path = config.out / "eval.json"
-    check_resumable(config)
-    try:
-        results = read_json(path) if path.is_file() else {}
-    except ValueError as error:
-        print(f"{error}: the stage is measured again")
-        return False
-    finished = results.get("step") == config.max_steps
-    if finished and (changed := check_made_from(config, results.get("made_from", {}))):
-        print(
-            f"{config.out}: measured on other files ({', '.join(changed)}); delete {path} and run again to measure anew"
-        )
-    return finished
-
-
-def nothing_to_do(config: StageConfig) -> bool:
-    """Return whether this very run is complete, and say so."""
-    if finished := is_finished(config):
-        print(f"{config.out}: finished, nothing to do{push_advice(config)}")
-    return finished
-
-
-def push_advice(config: StageConfig) -> str:
-    """Return how to push a finished stage that asks for it, as the end of a message; "" where it does not."""
-    if config.push_to_hub is None:
-        return ""
-    private = " --private" if config.hub_private else ""
-    return f"; to push it: python scripts/push.py --model {quote(str(config.out))} --repo {config.push_to_hub}{private}"
