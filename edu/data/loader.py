@@ -9,7 +9,9 @@ token, and T targets, all but its first: targets[t] is the token that follows in
     inputs   <bos>  The  sky  is    blue
     targets  The    sky  is   blue  <bos>
 
-Below `stream_batches` stands what makes a stream resumable: every batch comes with the state that gives the next one.
+The last <bos> begins the next document: predicting it is learning that a text has ended. A Batch also has weights, 0
+where there is nothing to learn, and positions, which restart at 0 with each document so that attention does not cross
+documents. LoaderState and Loader make a stream resumable: every batch comes with the state that gives the next one.
 """
 
 import itertools
@@ -24,7 +26,8 @@ import torch
 from edu.data.documents import Ahead, Documents, Encoder, scan_shard
 from edu.data.packing import IGNORE, Batch, Key, StreamPacker, collate
 
-BUFFER_TOKENS = 1 << 22  # the packing buffer takes no further document beyond, however few it holds
+# The packing buffer stops taking documents at this many tokens, even if it holds fewer than buffer_size.
+BUFFER_TOKENS = 1 << 22
 
 
 def stream_batches(
@@ -40,16 +43,16 @@ def stream_batches(
     buffer_size: int = 256,
     on_bad: Literal["error", "skip"] = "error",
 ) -> "Iterator[tuple[Batch, LoaderState]]":
-    """Stream batches of the texts of parquet shards, without end, or `epochs` times through.
+    """Stream batches of the texts of parquet shards, without end or for `epochs` passes.
 
-    Every document starts with BOS, and so does every row; a document that does not fit goes on in a later row, after a
-    BOS of its own (see StreamPacker). Rows are full, weights 1. With `epochs`, the last batch is filled up with IGNORE.
+    Every row and every document starts with BOS. A document that does not fit continues in a later row, after another
+    BOS (see StreamPacker). Rows are full, weights 1. With `epochs`, the end of the last batch is filled with IGNORE.
 
-    rank, world_size: this process and their number; each takes every world_size-th document.
-    state: go on after the batch that it came with. It holds for the same shards, rank and world size; batch and row
-    sizes may change.
-    buffer_size: documents to choose from, which take turns in the rows (figures in docs/LOG.md).
-    on_bad: what to do about a shard or a row group that cannot be read; "skip" warns and counts.
+    rank, world_size: index of this process and number of processes; each takes every world_size-th document.
+    state: continue after the batch that this came with. Shards, rank and world size must be the same; batch_size and
+    sequence_length may differ.
+    buffer_size: documents held at once; best-fit packing chooses among them (figures in docs/LOG.md).
+    on_bad: "error" raises for a shard or a row group that cannot be read; "skip" warns, counts its rows and continues.
     ValueError for shards that are missing, unreadable, without a column of text, or not those of the state.
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -57,26 +60,27 @@ def stream_batches(
     shards = [scan_shard(Path(path), on_bad) for path in paths]
     if not any(sum(shard.groups) for shard in shards):
         raise ValueError(f"no rows in {len(shards)} shards{f', {shards[0].path} the first' if shards else ''}")
-    # A state is refused unless shards, rank and world size are those that it was saved with.
+    # A state is refused unless shards, rank and world size are the ones it was saved with.
     fresh = LoaderState(tuple(shard.name() for shard in shards), rank, world_size)
     if state:
         check_state(state, fresh)
-    documents = Documents(shards, tokenizer, rank, world_size, on_bad)
+    source = Documents(shards, tokenizer, rank, world_size, on_bad)
     packer = StreamPacker(tokenizer.bos, sequence_length)
-    return batches(Loader(documents, packer, buffer_size, state or fresh, epochs), batch_size, pad=tokenizer.bos)
+    return batches(Loader(source, packer, buffer_size, state or fresh, epochs), batch_size, pad=tokenizer.bos)
 
 
 def batches(loader: "Loader", batch_size: int, pad: int) -> "Iterator[tuple[Batch, LoaderState]]":
     """Yield batches until the documents run out; the last one then has positions with nothing to learn."""
-    # 1. Fill rows with documents, each behind a BOS: tokens (B, T + 1), positions within the document (B, T).
+    # 1. Fill rows with documents, each after a BOS: tokens (B, T + 1), positions within the document (B, T).
     while rows := loader.packer.rows(batch_size, loader.refill):
         tokens, positions = rows
         # 2. Shift by one: the model reads inputs[:, t] and should predict targets[:, t], the token after it.
+        # They are copies, because step 3 writes to inputs, which would otherwise share memory with targets.
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # (B, T) each
-        # 3. Every token weighs the same in the loss; the unfilled end of the last rows weighs nothing.
+        # 3. Every token weighs the same in the loss; the unfilled end of the last rows has weight 0.
         inputs[inputs == IGNORE] = pad
         weights = (targets != IGNORE).astype(np.float32)
-        # 4. The state is taken after the rows were filled, so it leads to the next batch.
+        # 4. The state is read after the rows were filled, so it leads to the next batch.
         yield Batch(*map(torch.from_numpy, (inputs, targets, weights, positions))), loader.state()
 
 
@@ -89,21 +93,21 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield the first max_batches batches, over all processes, of one pass: the same rows whatever the world size.
+    """Yield the first max_batches batches (over all processes) of one pass: the same rows for every world size.
 
-    So a measure on them is too. Process r takes batches r, r + world_size, ...; each gets as many, the last perhaps
-    with nothing to learn in it. All processes encode all of it, which is small.
+    A metric over these batches is therefore the same, too. Process r takes batches r, r + world_size, ...; all get the
+    same number, so the last batch of some may have nothing to learn. Every process encodes all documents; they are few.
     """
     stream = stream_batches(paths, tokenizer, batch_size, sequence_length, epochs=1, buffer_size=64)
     first = itertools.islice((batch for batch, _ in stream), max_batches)
+    nothing = collate([[]] * batch_size, sequence_length, tokenizer.bos)  # batch_size empty rows
     while group := list(itertools.islice(first, world_size)):
-        nothing = collate([[]] * batch_size, sequence_length, tokenizer.bos)
         yield group[rank] if rank < len(group) else nothing
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """The position of one process's stream, as coordinates into the shards; `to_dict` and `from_dict` take it through JSON."""
+    """Position of one process's stream, as coordinates into the shards; `to_dict` and `from_dict` convert it for JSON."""
 
     shards: tuple[tuple[str, int, int], ...]
     """File name, bytes and rows of every shard."""
@@ -112,85 +116,89 @@ class LoaderState:
     position: tuple[int, int, int, int] = (0, 0, 0, 0)
     """Epoch, shard, row group and row of the next document to take into the packing buffer."""
     buffer: tuple[Key, ...] = ()
-    """Of each document in it, oldest first: tokens with BOS, epoch, shard, row group, row, offset in tokens."""
+    """Keys of the waiting documents, oldest first: tokens with BOS, epoch, shard, row group, row, offset in tokens."""
     documents: int = 0
-    """Taken into the buffer so far, over all epochs."""
+    """Number of documents taken into the buffer so far, over all epochs."""
     empty: int = 0
     """Rows left out because their text is null or empty."""
     corrupt: int = 0
     """Rows left out because they cannot be read (on_bad="skip")."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
+        """Return the state as plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "LoaderState":
-        """Make it of what to_dict gave, JSON's lists made tuples again; what earlier versions counted on top is left out."""
+        """Rebuild a state from to_dict's output, with JSON's lists turned back into tuples; ignore fields of earlier versions."""
         known = {field.name: state[field.name] for field in fields(cls)}
         nested = {name: tuple(map(tuple, state[name])) for name in ("shards", "buffer")}
         return cls(**{**known, **nested, "position": tuple(state["position"])})
 
 
 class Loader:
-    """A stream under way: the documents to come, the packing buffer, and the counts that the state reports."""
+    """Running stream: the documents to come, the packing buffer, and the counts that the state reports."""
 
     def __init__(
-        self, documents: Documents, packer: StreamPacker, buffer_size: int, state: LoaderState, epochs: int | None
+        self, source: Documents, packer: StreamPacker, buffer_size: int, state: LoaderState, epochs: int | None
     ) -> None:
-        self.source, self.packer, self.buffer_size, self.start = documents, packer, buffer_size, state
+        self.source, self.packer, self.buffer_size, self.start = source, packer, buffer_size, state
         self.position = state.position
         self.documents, self.empty, self.corrupt = state.documents, state.empty, state.corrupt
         self._restore()
-        self.coming = itertools.chain.from_iterable(Ahead(documents.stream(state.position, epochs)))
+        # Ahead reads beyond what was taken. self.position counts only what was taken, so a resumed run encodes that
+        # part again.
+        self.coming = itertools.chain.from_iterable(Ahead(source.stream(state.position, epochs)))
 
     def state(self) -> LoaderState:
-        """Return the state that gives the batch after the last one."""
-        whose = (self.start.shards, self.start.rank, self.start.world_size)
+        """Return the state from which the next batch follows."""
+        owner = (self.start.shards, self.start.rank, self.start.world_size)
         waiting = tuple(self.packer.buffer.items)
-        return LoaderState(*whose, self.position, waiting, self.documents, self.empty, self.corrupt)
+        return LoaderState(*owner, self.position, waiting, self.documents, self.empty, self.corrupt)
 
     def refill(self) -> None:
-        """Take documents into the packing buffer until it is full, and count what was left out."""
+        """Take documents into the packing buffer until it is full, and count the rows left out."""
         packer = self.packer
         # Many documents to choose from fill rows well; the second bound keeps memory finite if they are long.
         while len(packer.buffer.items) < self.buffer_size and packer.tokens < BUFFER_TOKENS:
             if not (document := next(self.coming, None)):
                 return
-            origin, ids, corrupt = document
+            origin, ids, unreadable = document  # origin: epoch, shard, row group, row
             self.position = (*origin[:3], origin[3] + 1)
             if ids is not None:
                 packer.add((*origin, 0), ids)
                 self.documents += 1
-            elif corrupt:
-                self.corrupt += corrupt
+            elif unreadable:
+                self.corrupt += unreadable
             else:
                 self.empty += 1
 
     def _restore(self) -> None:
         """Read and encode again the documents that were in the packing buffer, in their order."""
-        # The state holds coordinates, no ids. 1. Collect the rows by row group, so that each is opened once.
+        # The state holds coordinates, not token ids.
+        # 1. Collect the rows by row group, so that each is opened once.
         wanted: dict[tuple[int, int], set[int]] = {}
         for _, _, shard, group, row, _ in self.start.buffer:
             wanted.setdefault((shard, group), set()).add(row)
         ids = {}
         for (shard, group), rows in wanted.items():
+            # The epoch does not matter here: a row has the same text in each. So read with 0 and drop it from the key.
             read = self.source.read(0, shard, group, np.array(sorted(rows)))
             ids |= {origin[1:]: found for origin, found, _ in itertools.chain.from_iterable(read)}
-        # 2. Put them back in their order of age; what was cut before goes on from its offset.
+        # 2. Put them back, oldest first; a document cut before continues at its offset.
         for size, *origin, offset in self.start.buffer:
             found = ids.get(tuple(origin[1:]))
             if found is None or 1 + len(found) - offset != size:
                 path = self.source.shards[origin[1]].path
                 raise ValueError(
-                    f"{path}: row {origin[3]} of row group {origin[2]} has not the tokens that the saved position knows: "
+                    f"{path}: row {origin[3]} of row group {origin[2]} does not have as many tokens as when the position was saved: "
                     "the shard or the tokenizer has changed; start a new run"
                 )
             self.packer.add((*origin, offset), found[offset:])
 
 
 def check_state(state: LoaderState, fresh: LoaderState) -> None:
-    """Raise ValueError unless a saved state is of these shards and this process."""
+    """Raise ValueError unless a saved state belongs to these shards and this process."""
     if (state.rank, state.world_size) != (fresh.rank, fresh.world_size):
         raise ValueError(
             f"the data position was saved by process {state.rank} of {state.world_size}, this is process {fresh.rank} "

@@ -7,7 +7,7 @@ Ids of a vocabulary of V tokens:
     346 .. V - 11         what BPE learned from the text, most frequent merge first
     V - 10 .. V - 1       the special tokens, in the order of SPECIAL_TOKENS
 
-An ordinary token's id is its rank: of all neighbours that can merge, those whose merged token has the lowest rank merge
+An ordinary token's id is its rank: of all neighbors that can merge, those whose merged token has the lowest rank merge
 first. That is tiktoken's rule; tokenizer.json lists every pair that makes a token, which is the same rule in Hugging
 Face's words, and a test holds the two equal. Text never becomes a special token here: only `edu.chat.chat_format` places those.
 """

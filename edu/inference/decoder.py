@@ -1,4 +1,4 @@
-"""Decoders: a language model that reads prompts into a cache and continues rows of any lengths, one token a step.
+"""Decoders: they run a language model on prompts to fill a cache, then on rows of any lengths, one token a step.
 
 B rows, T prompt positions, S cached tokens, V vocabulary.
 """
@@ -17,29 +17,29 @@ from edu.model.kv_cache import KVCache
 from edu.model.linear import Linear, at_least_fp32
 
 PREFILL_CHUNK = 1024
-"""Positions of all prompts computed at once, which bounds the memory of long ones."""
+"""Positions per prefill pass, which bounds the memory that long prompts take."""
 
 
 class Decoder(Protocol):
-    """The seam between the scheduler and a model: the model itself, or a faster way to compute the same."""
+    """Interface between the scheduler and a model: the model itself, or a faster way to compute the same."""
 
     def prefill(self, prompts: Sequence[list[int]], cache: KVCache) -> None:
         """Fill the first rows of an empty cache with prompts of any lengths."""
         ...
 
     def step(self, tokens: Int[Tensor, "B"], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Append a token to each of the cache's first B rows, and return the logits of the next, in fp32 or more."""
+        """Append a token to each of the cache's first B rows, and return the logits of the next one, in fp32 or wider."""
         ...
 
 
 class ModelDecoder:
-    """The model itself: its attention writes to the cache and reads from it, with the weights that it has now."""
+    """Decoder that calls the model: its attention writes to the cache and reads from it, with its current weights."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
 
     def _forward(self, tokens: Tensor, cache: KVCache, **options: Any) -> Tensor:
-        # Not by calling the model: where it was compiled for training, each length would be compiled anew.
+        # forward, not a call: if the model was compiled for training, a call would compile it anew for each length.
         outputs: Any = self.model.forward(tokens, cache=cache, logits_to_keep=1, **options)
         return outputs.logits[:, -1]
 
@@ -47,7 +47,7 @@ class ModelDecoder:
         """Compute all prompts together, PREFILL_CHUNK positions at a time.
 
         Shorter ones are padded on the right. No token looks ahead, so no token of a prompt sees the padding, and the
-        row's next tokens are written over it.
+        row's next tokens overwrite it.
         """
         for start, ids in padded_chunks(prompts, cache):
             assert cache.get_seq_length() == start, "prompts go into an empty cache"
@@ -55,7 +55,7 @@ class ModelDecoder:
         cache.lengths[: len(prompts)] = map(len, prompts)
 
     def step(self, tokens: Int[Tensor, "B"], cache: KVCache) -> Float[Tensor, "B V"]:
-        """Compute one token a row, at the row's own position; a mask hides what lies beyond it."""
+        """Compute one token per row, at the row's own position; a mask hides all positions beyond it."""
         lengths = cache.lengths[: len(tokens)]
         ragged = dict[str, Tensor]()
         if min(lengths) < max(lengths):
@@ -66,7 +66,7 @@ class ModelDecoder:
 
 
 def padded_chunks(prompts: Sequence[list[int]], cache: KVCache) -> list[tuple[int, Int[Tensor, "B T"]]]:
-    """Return the prompts, padded on the right to the longest, in pieces of PREFILL_CHUNK positions with each one's start."""
+    """Return the prompts, padded on the right to the longest, in chunks of PREFILL_CHUNK positions, with each chunk's start."""
     width = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=cache.memory.device)
     return [(start, ids[:, start : start + PREFILL_CHUNK]) for start in range(0, width, PREFILL_CHUNK)]
@@ -77,7 +77,7 @@ OWN |= {Linear, nn.Embedding, nn.ModuleList}
 
 
 def is_untouched(model: nn.Module) -> bool:
-    """Return True where every module is exactly one of the project's own, without hooks and with its class's forward."""
+    """Return True if every module is exactly one of the project's own, without hooks and with its class's forward."""
     return all(
         type(module) in OWN and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
         for module in model.modules()
@@ -87,7 +87,7 @@ def is_untouched(model: nn.Module) -> bool:
 def decoder_for(model: GPT, kept: Any = None) -> Decoder:
     """Return the fastest decoder: edu/fast's for an untouched model in fp32 on a CPU, else the model itself.
 
-    `kept`, an earlier one, is used again if it is of this model and its copies of the weights are the model's still.
+    `kept`, an earlier decoder, is used again if it belongs to this model and its copies of the weights are current.
     """
     if model.device.type == "cpu" and model.dtype == torch.float32 and is_untouched(model):
         fast = load("cpu_decoder")

@@ -9,7 +9,7 @@ class SamplingParams:
     """Settings of one request: how its tokens are chosen and when it ends."""
 
     max_new_tokens: int = 64
-    """Most tokens of a sample, the stop token included"""
+    """Maximum number of new tokens, the stop token included"""
     temperature: float = 1.0
     """Divides the logits; 0 is greedy"""
     top_k: int | None = None
@@ -17,9 +17,9 @@ class SamplingParams:
     top_p: float | None = None
     """Keep the fewest most probable tokens that together reach this probability (arXiv:1904.09751)"""
     min_p: float | None = None
-    """Keep tokens at least this share as probable as the most probable one (arXiv:2407.01082)"""
+    """Keep tokens whose probability is at least this fraction of the greatest one (arXiv:2407.01082)"""
     stop_tokens: Collection[int] = frozenset()
-    """A sampled token of these ends the sample, and is kept"""
+    """Tokens that end a sample when sampled; the sample keeps the token"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
@@ -40,6 +40,6 @@ class Sample:
     mask: list[int] = field(default_factory=list)
     """1 where the token was sampled, 0 where a tool forced it."""
     logprobs: list[float] = field(default_factory=list)
-    """Of each sampled token under the distribution asked for (greedy: the model's own), nats; 0.0 where mask is 0."""
+    """Log-probability, in nats, of each token in the distribution sampled from (greedy: the model's); 0.0 where mask is 0."""
     finish_reason: str = "length"
     """"stop" (a stop token), "length" (max_new_tokens or the context is full), "tool_error" or "cancelled"."""

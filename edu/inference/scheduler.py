@@ -1,8 +1,8 @@
 """Continuous batching: requests join and leave a batch of rows between two steps of decoding.
 
 A request is a prompt and K samples of it. Its prompt is computed once (prefill) and its cache row copied for each sample;
-then every step gives each row one token. Rows that finish make room for requests that wait. What a sample is depends on
-its request alone: every row draws from random numbers of its own, at positions of its own, wherever it stands.
+then every step gives each row one token. Rows that finish make room for waiting requests. A sample depends on its
+request alone: every row has its own random numbers and its own positions, whichever rows are beside it.
 
 B rows, K samples of a prompt, V vocabulary.
 """
@@ -27,7 +27,7 @@ Tool = Callable[[list[int]], list[int]]
 
 @dataclass(eq=False)
 class Request:
-    """A prompt with the samples that are being made of it: they grow with every step."""
+    """A prompt with its samples, which grow with every step."""
 
     prompt: list[int]
     params: SamplingParams
@@ -45,16 +45,16 @@ class _Row:
     request: Request
     sample: Sample
     limit: int
-    """Most new tokens"""
+    """Maximum number of new tokens"""
     newest: int
     """The token that the next step feeds to the model"""
     random: Callable[[], float]
-    """Draws the next of its own uniform numbers"""
+    """Draws the next uniform number of this row"""
     forced: deque[int] = field(default_factory=deque)
-    """Tokens of a tool's answer, still to come"""
+    """Tokens of a tool's answer that are waiting to be appended"""
 
     def advance(self, token: int, logprob: float) -> bool:
-        """Take the next token, forced or else the one sampled, and return False when that ends the sample."""
+        """Append the next token: a forced one if any is waiting, else the sampled one. Return False when the sample ends."""
         sample, params, forced = self.sample, self.request.params, bool(self.forced)
         self.newest = self.forced.popleft() if forced else token
         sample.tokens.append(self.newest)
@@ -73,7 +73,7 @@ class _Row:
 
 
 class Scheduler:
-    """Gives the rows of one cache to requests: `submit` any number, `step` until it returns False, `cancel` any time."""
+    """Assign the rows of one cache to requests: `submit` any number, `step` until it returns False, `cancel` at any time."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, vocab_size: int) -> None:
         self.decoder, self.cache, self.vocab_size = decoder, cache, vocab_size
@@ -82,7 +82,7 @@ class Scheduler:
     def submit(
         self, prompt: list[int], params: SamplingParams, num_samples: int = 1, seed: int = 0, tool: Tool | None = None
     ) -> Request:
-        """Queue a request. ValueError if it cannot be sampled, with its number among those submitted."""
+        """Queue a request; ValueError if it cannot be sampled, with its index in the order of submission."""
         room, name = self.cache.get_max_length(), f"prompt {self.submitted}"
         if not 0 < len(prompt) < room:
             raise ValueError(f"{name} has {len(prompt)} tokens: the context holds 1 to {room - 1} and an answer")
@@ -110,12 +110,12 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Give every row its next token; False when no request is left.
+        """Give every row its next token; return False when no request is left.
 
         1. Admit waiting requests while there are rows for all samples of the next one.
-        2. Decode: each row's newest token in, the logits of its next one out.
+        2. Decode: each row's newest token in, the logits of the token after it out.
         3. Choose each row's next token: forced by its tool, or sampled.
-        4. Drop the finished rows.
+        4. Remove the finished rows.
         """
         self._admit()
         if not self.rows:
@@ -128,17 +128,18 @@ class Scheduler:
         return bool(self.rows or self.waiting)
 
     def _admit(self) -> None:
-        """Prefill waiting prompts into free rows, all but the last token, which is the first that a step feeds."""
+        """Prefill waiting prompts into free rows, except for each prompt's last token."""
+        # The next step feeds that token to all K rows, so every new token, the first included, is drawn in step().
         arrivals, free = list[Request](), self.cache.batch_size - len(self.rows)
         while self.waiting and len(self.waiting[0].samples) <= free:
             arrivals.append(self.waiting.popleft())
             free -= len(arrivals[-1].samples)
         for group in _alike(arrivals):
             first, count = len(self.rows), len(group)
-            fresh = self.cache.rows(first, first + count)
+            fresh = self.cache.view_rows(first, first + count)
             self.decoder.prefill([request.prompt[:-1] for request in group], fresh)
             self.cache.lengths[first : first + count] = fresh.lengths
-            # Row first + i has prompt i and becomes its sample 0; the other samples are copies of it, behind.
+            # Row first + i has prompt i and becomes its sample 0; the other samples are copies of it, in later rows.
             forks = [(i, k) for i, request in enumerate(group) for k in range(1, len(request.samples))]
             copies = range(first + count, first + count + len(forks))
             self.cache.copy_rows(list(copies), [first + i for i, _ in forks])
@@ -146,11 +147,11 @@ class Scheduler:
 
     def _row(self, request: Request, k: int) -> _Row:
         limit = min(request.params.max_new_tokens, self.cache.get_max_length() - len(request.prompt))
-        draws = np.random.default_rng((request.seed, k))  # of the request and the sample alone
+        draws = np.random.default_rng((request.seed, k))  # depends on request and sample alone
         return _Row(request, request.samples[k], limit, request.prompt[-1], draws.random)
 
     def _choose(self, logits: Float[Tensor, "B V"]) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
-        """Sample each row's token with its request's settings; rows of the same settings at once."""
+        """Sample each row's token with its request's settings, all rows of equal settings together."""
         uniforms = torch.tensor([row.random() for row in self.rows], device=logits.device)
         alike = dict[SamplingParams, list[int]]()
         for i, row in enumerate(self.rows):
@@ -163,9 +164,10 @@ class Scheduler:
         return tokens, logprobs
 
     def _keep(self, live: list[bool]) -> None:
-        """Drop the other rows; rows from the end move into their places, so that the live ones are the cache's first."""
-        for row, lives in zip(self.rows, live, strict=True):
-            row.request.running -= not lives
+        """Remove finished rows; live rows from the end move into the gaps, so that live rows stay first in the cache."""
+        for row, is_live in zip(self.rows, live, strict=True):
+            if not is_live:
+                row.request.running -= 1
         count = sum(live)
         gaps = [i for i in range(count) if not live[i]]
         movers = [i for i in range(count, len(live)) if live[i]]
@@ -177,7 +179,7 @@ class Scheduler:
 
 
 def _alike(requests: Sequence[Request]) -> list[list[Request]]:
-    """Sort requests by the length of their prompts into groups so alike that padding a group costs little."""
+    """Group requests by the length of their prompts, so that padding a group costs little."""
     groups = list[list[Request]]()
     for request in sorted(requests, key=lambda request: len(request.prompt)):
         tokens = sum(len(other.prompt) for other in groups[-1]) if groups else 0

@@ -37,6 +37,7 @@ from edu.model.loss import head_log_probs, head_weighted_sum, softcap
 from edu.model.masks import attend_in_quarters, mask_for
 
 
+# accelerated: edu/fast's version, equal up to rounding, runs instead where it is available
 @accelerated
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Scale the last dimension to unit mean square, in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467); no weights."""
@@ -46,15 +47,15 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 @accelerated
 def relu_squared(x: Tensor) -> Tensor:
-    """Return max(x, 0)^2: cheap, and most of its outputs are exactly zero (Primer, arXiv:2109.08668)."""
+    """Return max(x, 0)^2: cheap, and many of its outputs are exactly zero (Primer, arXiv:2109.08668)."""
     return x.relu().square()
 
 
 def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every position's angles, (B, 1, T, D/2) each, in fp32 (RoFormer, arXiv:2104.09864).
 
-    Pair i of a head's D/2 pairs turns by theta^(-2i/D) radians a position: the first by 1, the last by about 1/theta.
-    Fast pairs tell neighbors apart, slow ones tell far positions apart.
+    Pair i = 0, 1, ..., D/2 - 1 of a head turns by theta^(-2i/D) radians per position (theta is config.rope["rope_theta"]):
+    the first by 1, the last by about 1/theta. Fast pairs tell neighbors apart, slow ones distant positions.
     """
     D = config.head_dim
     exponents = torch.arange(0, D, 2, device=position_ids.device, dtype=torch.float32) / D
@@ -63,11 +64,9 @@ def rotary_angles(position_ids: Int[Tensor, "B T"], config: GPTConfig) -> tuple[
 
 
 def apply_rotary_emb(x: Float[Tensor, "B H T D"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H T D"]:
-    """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction.
-
-    Attention by itself knows no order. Rotating a query at position m by m angles and a key at n by n leaves
-    the product of both depend on m - n alone: (R^m q) . (R^n k) = q . R^(n-m) k. Lengths stay as they are.
-    """
+    """Rotate the pairs (x_i, x_{i+D/2}) by minus the angle of their position, nanochat's direction."""
+    # Attention by itself knows no order. Let R be the rotation of one step. A query at position m is turned m times, a
+    # key at n n times, and their product depends on m - n alone: (R^m q) . (R^n k) = q . R^(n-m) k. Lengths do not change.
     left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
     return torch.cat((left * cos + right * sin, right * cos - left * sin), dim=-1).type_as(x)
 
@@ -81,28 +80,32 @@ def eager_attention_forward(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as written in the paper, for `attn_implementation="eager"`; (B, H, T, D) in, (B, T, H, D) out."""
+    """Compute attention as in "Attention Is All You Need" (arXiv:1706.03762), for attn_implementation="eager"."""
+    # query (B, H, T, D), key and value (B, K, S, D) in; (B, T, H, D) and weights (B, H, T, S) out.
     # Grouped queries: H / K query heads share a key/value head.
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, S)
-    if attention_mask is None:  # causal: the last query sees all keys, each one before it one less
+    # Without a mask it is causal: the last query sees all S keys, the one before it S - 1, and so on.
+    if attention_mask is None:
         T, S = scores.shape[2:]
         attention_mask = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
-    allowed = attention_mask if attention_mask.dtype == torch.bool else None
-    scores = scores + attention_mask if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    if attention_mask.dtype == torch.bool:  # True where a query may look
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    else:  # added to the scores: 0 or a large negative number
+        scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class Head(Linear):
-    """The linear layer that gives the logits, or with `targets` their log-probabilities; it starts near zero.
+    """Linear layer to the logits, or with `targets` to their log-probabilities; it starts near zero."""
 
-    Log-probabilities are computed in here because FSDP2 gathers a sharded weight only while its own module computes.
-    """
+    # Log-probabilities are computed in here because FSDP2 gathers a sharded weight only while its own module computes.
 
     def forward(
         self, input: Tensor, targets: Tensor | None = None, weights: Tensor | None = None, cap: float | None = None
     ) -> Tensor:
+        """Return logits; with targets, their log-probabilities (B, T); with weights too, the weighted sum."""
         if targets is None:
             return super().forward(input)
         if weights is None:
@@ -111,15 +114,14 @@ class Head(Linear):
 
 
 class OutputLinear(Linear):
-    """A linear layer that writes to the residual stream: it starts at zero."""
+    """Linear layer that writes to the residual stream; it starts at zero."""
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token looks at itself and at those before it, and takes a weighted mean of their values.
+    """Causal self-attention: every token looks at itself and those before it, and takes a weighted mean of their values.
 
-    RoPE gives queries and keys their positions. QK norm (arXiv:2010.04245) then scales both to one length: scores stay
-    bounded, so softmax does not saturate as weights grow. Grouped-query attention (arXiv:2305.13245) lets H query heads
-    share K key/value heads: the cache, which generation reads at every step, is H / K times smaller.
+    Grouped-query attention (arXiv:2305.13245) lets H query heads share K key/value heads: the cache, which generation
+    reads at every step, is H / K times smaller.
     """
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
@@ -143,26 +145,31 @@ class CausalSelfAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Float[Tensor, "B T C"], Tensor | None]:
         B, T, _ = x.shape
-        # 1. Queries, keys and values of every token.
+        # 1. Queries, keys and values of every token: q (B, H, T, D); k and v (B, K, T, D).
         q, k, v = (
-            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D) and (B, K, T, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # 2. Positions, then QK norm. Without angles the tokens stand at positions 0 to T - 1.
+        # 2. Positions by RoPE; without angles the tokens stand at positions 0 to T - 1. QK norm (arXiv:2010.04245) then
+        # scales both to length sqrt(D), so a score q . k / sqrt(D) lies within +-sqrt(D) however large the weights grow.
+        # Rotation keeps lengths, so norm and rotation may swap.
         if cos_sin is None:
             cos_sin = rotary_angles(torch.arange(T, device=x.device)[None], self.config)
         q, k = (rms_norm(apply_rotary_emb(y, *cos_sin), self.config.rms_norm_eps) for y in (q, k))
         # 3. The cache appends this layer's new keys and values, and returns all that it holds: (B, K, S, D).
-        # `update` is transformers' name, which all its caches have; of our KVCache it is `insert_kv`.
+        # All caches in transformers call this method update; KVCache.update calls insert_kv, which writes and reads.
+        # kwargs are passed as a dict: transformers' paged attention adds to it.
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)  # paged attention changes kwargs
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         # 4. softmax(q k^T / sqrt(D)) v, by the implementation that the model was loaded with; causal without a mask.
+        # eager_attention_forward above shows it in full.
         name = self.config._attn_implementation or "eager"
         dense = isinstance(attention_mask, Tensor) and attention_mask.ndim == 4
         if dense and name != "eager":  # flash and flex attention take no dense mask
             name = "sdpa"
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         attend = partial(attention_interface, self, dropout=0.0, scaling=self.scaling, **kwargs)
+        # Packed rows on a CPU: a quarter of the queries at a time, each with only the keys up to its end (same result, 5/8
+        # of the work).
         if packed and T >= 256 and x.device.type == "cpu" and dense:
             attend = partial(attend_in_quarters, attend)
         y, weights = attend(q, k, v, attention_mask)  # (B, T, H, D)
@@ -171,7 +178,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices with squared ReLU between them."""
+    """Process each token by itself: C to intermediate_size channels, squared ReLU, back to C. No gate, no biases."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -179,6 +186,7 @@ class MLP(nn.Module):
         self.fc2 = OutputLinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        # (B, T, C) -> (B, T, intermediate_size) -> (B, T, C)
         return self.fc2(relu_squared(self.fc1(x)))
 
 
@@ -199,7 +207,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class GPTPreTrainedModel(PreTrainedModel):
-    """The interface to transformers, and the initialization of weights."""
+    """Interface to transformers, and initialization of the weights."""
 
     config: GPTConfig
     config_class = GPTConfig
@@ -212,9 +220,9 @@ class GPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize as nanochat: outputs of a block at zero, head near zero, so that training starts from the identity.
+        """Initialize as nanochat does: outputs of a block at zero, head near zero, so that training starts from the identity.
 
-        Keyed on the leaves: transformers never calls this for modules that own no parameter themselves.
+        Check the leaf modules: transformers never calls this for a module without parameters of its own.
         """
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=1.0)
@@ -237,6 +245,7 @@ class GPTModel(GPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    # transformers' plumbing: config defaults, recorded outputs, and the old argument name past_key_values
     @merge_with_config_defaults
     @capture_outputs
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -252,7 +261,7 @@ class GPTModel(GPTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        # 1. Tokens to vectors (B, T, C), and their positions: behind what the cache holds.
+        # 1. Tokens to vectors (B, T, C), and their positions, which continue after the tokens in the cache.
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
@@ -269,9 +278,10 @@ class GPTModel(GPTPreTrainedModel):
         )
         cos_sin = rotary_angles(position_ids, self.config)
         kwargs |= {"attention_mask": mask, "cache": cache, "position_ids": position_ids}
-        # 3. The layers, with a norm before and after them.
+        # 3. The layers, with a norm before and after them. transformers' early-exit decoding lowers num_hidden_layers for
+        # its draft.
         x = rms_norm(x, self.config.rms_norm_eps)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer, when a draft exits early in `generate`
+        for layer in self.layers[: self.config.num_hidden_layers]:
             x = layer(x, cos_sin, **kwargs)
         return BaseModelOutputWithPast(rms_norm(x, self.config.rms_norm_eps), cache)
 
@@ -279,11 +289,12 @@ class GPTModel(GPTPreTrainedModel):
 class GPT(GPTPreTrainedModel, GenerationMixin):
     """The language model: a Hugging Face causal LM, and the log-probabilities that every trainer here needs."""
 
+    # transformers' name for what could be tied; here the two stay separate (GPTConfig refuses tying)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # PreTrainedModel reads it from the class's name, and finds none in ours
+        self.loss_type = "ForCausalLM"  # PreTrainedModel reads it from the class's name, and our class name has none
         self.model = GPTModel(config)
         self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -304,7 +315,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
         weights: Float[Tensor, "B T"] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | Float[Tensor, "B T"] | Float[Tensor, ""]:
-        """Return log-probabilities (B, T) of `targets`, 0.0 where these are -1; without targets, logits as transformers does.
+        """Return log-probabilities (B, T) of `targets`, 0.0 where a target is -1; without targets, logits, as in transformers.
 
         With `weights` too: the sum of weights times log-probabilities, which is all that training needs, and costs less.
         `targets` are already shifted, and packed documents are told apart by `position_ids`, which restart at 0. `labels`
@@ -332,6 +343,7 @@ class GPT(GPTPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        # softcap: cap * tanh(logits / cap) keeps logits within (-cap, cap)
         logits = softcap(self.lm_head(hidden), self.config.final_logit_softcapping)
         loss = None
         if labels is not None:

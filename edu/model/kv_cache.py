@@ -1,8 +1,8 @@
-"""The cache of keys and values: one pre-allocated tensor, for our Engine and for transformers' `generate` alike.
+"""Cache of keys and values: one pre-allocated tensor, for our Engine and for transformers' `generate` alike.
 
 A token's keys and values never change once later tokens are appended, since no token looks ahead. So they are computed
 once and kept, and each step of generation computes one token instead of the sequence. The cache owns the positions: it
-knows how many tokens each row holds, and writes new ones behind them.
+knows how many tokens each row holds, and writes new ones after them.
 
 B rows, T new tokens, S cached tokens, K key/value heads, D head dim.
 """
@@ -30,7 +30,7 @@ class KVCache(Cache):
         shape = (c.num_hidden_layers, rows, 2, c.kv_heads, max_seq_len, c.head_dim)
         self.memory = torch.zeros(shape, dtype=model.dtype, device=model.device)
         self.lengths = [0] * rows
-        """Tokens that each row holds"""
+        """Number of tokens in each row"""
         super().__init__(layers=[])
 
     @property
@@ -41,12 +41,14 @@ class KVCache(Cache):
     def insert_kv(
         self, layer: int, k: Float[Tensor, "B K T D"], v: Float[Tensor, "B K T D"]
     ) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
-        """Append keys and values to the first B rows, and return all that these rows hold, padded to the longest.
+        """Append keys and values to the first B rows, and return all keys and values of these rows, padded to the longest.
 
-        What lies beyond a row's length is not cleared: a mask hides it. There are no gradients.
+        Memory beyond a row's length is not cleared: a mask hides it. There are no gradients.
         """
         B, _, T, _ = k.shape
-        if layer == 0:  # the first layer of a forward pass moves the rows on; the others write where it did
+        # The first layer of a forward pass counts the new tokens and picks their places; later layers write to the same
+        # ones.
+        if layer == 0:
             self._make_room(B, T)
         keys, values = self.memory[layer, :B].unbind(1)  # (B, K, S, D) each
         for cached, new in ((keys, k), (values, v)):
@@ -72,8 +74,8 @@ class KVCache(Cache):
             starts = torch.tensor(lengths, device=device)[:, None] - T
             self._at = torch.arange(B, device=device)[:, None], starts + torch.arange(T, device=device)
 
-    def rows(self, first: int, last: int) -> "KVCache":
-        """Return rows of this cache, emptied, as a cache of their own that shares the memory."""
+    def view_rows(self, first: int, last: int) -> "KVCache":
+        """Return rows `first` to `last` - 1 as a cache that shares this memory and starts empty."""
         part = copy.copy(self)
         part.memory, part.lengths = self.memory[:, first:last], [0] * (last - first)
         return part
@@ -86,7 +88,7 @@ class KVCache(Cache):
             for target, source in zip(targets, sources, strict=True):
                 self.lengths[target] = self.lengths[source]
 
-    # What follows is transformers' interface.
+    # The rest is transformers' interface for caches.
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         return self.insert_kv(layer_idx, key_states, value_states)
@@ -96,17 +98,17 @@ class KVCache(Cache):
         return len(self.lengths)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the tokens of the longest row."""
+        """Return the number of tokens in the longest row."""
         del layer_idx
         return max(self.lengths)
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return the tokens that a row has room for."""
+        """Return the number of tokens that a row has room for."""
         del layer_idx
         return self.memory.shape[4]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return cached and new tokens, and the offset of the first."""
+        """Return the number of cached and new tokens, and the offset of the first."""
         del layer_idx
         return self.get_seq_length() + query_length, 0
 
@@ -115,9 +117,9 @@ class KVCache(Cache):
         self.lengths = [0] * len(self.lengths)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; their number is given below zero, as transformers does."""
+        """Forget the newest tokens; their number is given as a negative number, as in transformers."""
         self.lengths = [length + tokens_to_remove for length in self.lengths]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i become what row beam_idx[i] was."""
+        """Replace row i by row beam_idx[i], for beam search."""
         self.copy_rows(list(range(len(beam_idx))), beam_idx.tolist())

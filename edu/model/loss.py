@@ -19,7 +19,7 @@ from edu.model.linear import at_least_fp32, product
 CHUNK = 1024
 """Rows whose logits are held at once: 1024 x 50,304 in fp32 is 206 MB."""
 CPU_CHUNK = 256
-"""The same on a CPU, whose caches like less: a tenth of the head's time at a vocabulary of 4096 (docs/benchmarks.md)."""
+"""The same on a CPU, whose caches hold less (docs/benchmarks.md)."""
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:
@@ -32,7 +32,7 @@ def softcap(logits: Tensor, cap: float | None) -> Tensor:
 def chunked_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (N) of the targets; with `weights`, the gradients of sum(weights * log p) by hidden and weight.
+    """Compute log-probabilities (N) of the targets; with `weights`, also the gradients of sum(weights * log p).
 
     p = softmax(z) with z = cap * tanh(hidden @ weight.T / cap). For each chunk of rows:
     1. Compute z (chunk, V), and log p of the target as z[target] - logsumexp(z).
@@ -76,7 +76,7 @@ def _(
 
 
 class _WeightedSum(torch.autograd.Function):
-    """sum(weights * log p): its gradients are there once its value is."""
+    """Weighted sum of log-probabilities; the forward pass computes its gradients too."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 class _LogProbs(torch.autograd.Function):
-    """log p of each row; the backward pass computes the logits again, with the incoming gradients as weights."""
+    """Log-probability of each row; the backward pass computes the logits again, with the incoming gradients as weights."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which tokens of a packed row may look at which: documents do not see each other. The mask, as each attention heeds it.
+"""Attention masks that keep packed documents apart, in the form that each attention implementation takes.
 
 B batch, T time.
 """
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 
 def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
-    """(B, 1, T, T), True where a query may look: not ahead, and within its own document (positions restart at 0).
+    """Return the block-diagonal causal mask (B, 1, T, T): True where a query may look; positions restart at 0 per document.
 
     Where positions jump back to p > 0, a further branch of the document begins: it sees itself and the first p tokens.
     """
@@ -28,7 +28,7 @@ def document_mask(position_ids: Int[Tensor, "B T"]) -> Tensor:
 
 
 def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:
-    """The document mask in the form that an attention implementation heeds; ValueError where there is none."""
+    """Return the document mask in the form that an attention implementation takes; ValueError if there is none."""
     mask = document_mask(position_ids)
     if attention in ("eager", "sdpa"):
         return mask
@@ -39,10 +39,9 @@ def mask_for(attention: str | None, position_ids: Int[Tensor, "B T"]) -> Any:
 
 
 def attend_in_quarters(attend: Callable, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, None]:
-    """A quarter of the queries after the other, each with the keys up to its last one: 5/8 of the work under a causal mask.
+    """Attend with a quarter of the queries at a time, each with the keys up to its end: 5/8 of the work if causal.
 
-    On a CPU documents apart would else cost a sixth of a step at T=1024 (docs/benchmarks.md): kernels skip what a mask
-    hides only where they are told `is_causal`, and then take no mask.
+    A CPU kernel skips hidden keys only if it is told `is_causal`, and then takes no mask (docs/benchmarks.md).
     """
     T = q.shape[2]
     size = -(-T // 4)
