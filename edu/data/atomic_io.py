@@ -15,7 +15,7 @@ def sync(path: Path) -> None:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Give a file written under a temporary name its own; what other hard links of an old `path` hold stays."""
+    """Atomically rename `temporary` to `path`: fsync the file, rename, fsync the folder; hard links keep the old content."""
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)

@@ -63,7 +63,7 @@ class Retry:
 
 
 class Watchdog:
-    """Shuts a connection down that brings less than `min_rate` over a window, be it headers that trickle in or content."""
+    """Shut a connection down that brings less than `min_rate` over a window, be it headers that trickle in or content."""
 
     def __init__(self, retry: Retry) -> None:
         self.retry, self.received, self.stalled = retry, 0, False
@@ -229,7 +229,7 @@ def fetch(
     pause: Callable[[float], object] = time.sleep,
     report: Report | None = None,
 ) -> bool:
-    """Have the content of `url` (http or https) at `path`; False if something stood there already.
+    """Download `url` (http or https) to `path`; False if something stood there already.
 
     `check(file, proven)` looks at the complete file (proven: its sha256 is the server's) and raises Again or
     TransferError. `hub`: show it (no other host) the user's token, and heed the size and sha256 that it tells.

@@ -49,7 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends one JSON line per step to a file, flushed at once; one process of a run owns it.
+    """Append one JSON line per step to a file, flushed at once; one process of a run owns it.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

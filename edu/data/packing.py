@@ -52,9 +52,9 @@ class TrainingExample:
     mask: Sequence[int] | np.ndarray
     """1 where the token is a target to learn, 0 where it is only read; as long as ids."""
     weight: float | np.ndarray = 1.0
-    """Of the targets: one number (an advantage), or one for each of ids."""
+    """Weight of the targets: one number (an advantage), or one for each of ids."""
     positions: np.ndarray | None = None
-    """Of ids within the document, where they are not 0, 1, 2, ...: see edu.model.masks.document_mask."""
+    """Positions of ids within the document, where they are not 0, 1, 2, ...: see edu.model.masks.document_mask."""
 
 
 class BestFit:
@@ -158,7 +158,7 @@ def collate(rows: Sequence[Sequence[TrainingExample]], sequence_length: int, pad
 
 
 class StreamPacker:
-    """Fills rows of T + 1 tokens from a buffer of documents, leaving no room in any row.
+    """Fill rows of T + 1 tokens from a buffer of documents, leaving no room in any row.
 
     1. A row starts with the document that has waited longest, so none waits forever.
     2. The largest that fits whole follows, until none fits.

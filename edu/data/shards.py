@@ -72,7 +72,7 @@ class Source:
 
     @property
     def origin(self) -> str:
-        """Identity kept in the manifest; shards of two origins never share a folder."""
+        """Return the identity kept in the manifest; shards of two origins never share a folder."""
         where = ":".join(filter(None, (self.repo, self.pattern))) if self.repo else public_url(self.pattern)
         return f"{where}, a share of shard 0 for validation" if self.convert and not self.validation else where
 
@@ -164,7 +164,7 @@ def download_shard(
     pause: Callable[[float], object] = time.sleep,
     on_progress: Progress | None = None,
 ) -> Path:
-    """Have shard `index`, whole and checked, in `target_dir` (a validation shard: in its `val/`); return its path.
+    """Download and check shard `index` into `target_dir` (a validation shard: in its `val/`); return its path.
 
     Raises ShardError after the last retry, or at once where another attempt cannot help (HTTP 404, a full disk, no
     column `text`); ValueError for a source or index that does not exist. Whatever happens, a power failure included,
@@ -238,13 +238,13 @@ def read_manifest(data_dir: Path | str) -> dict[str, Entry]:
 
 
 def refuse_mixing(data_dir: Path | str, origin: str) -> None:
-    """ValueError if the folder holds shards of another origin."""
+    """Raise ValueError if the folder holds shards of another origin."""
     if others := {entry["source"] for entry in read_manifest(data_dir).values()} - {origin}:
         raise ValueError(f"{data_dir}: holds shards of {', '.join(others)}, not of {origin}; choose another --out")
 
 
 def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, checked: bool = False) -> None:
-    """Enter a shard in the manifest; ShardError if what stands there is not what was entered, or no shard at all."""
+    """Enter a shard in the manifest; TransferError if what stands there is not what was entered, or no shard at all."""
     folder, name, size = Path(data_dir), path.relative_to(data_dir).as_posix(), path.stat().st_size
     if known := read_manifest(folder).get(name):
         if "://" not in url + known["url"] and url and known["url"] != url:

@@ -130,7 +130,7 @@ def _join(names: Sequence[str], sizes: dict[str, int]) -> list[list[str]]:
 
 
 def convert(files: Sequence[str], path: Path, share: Path | None, get: Get) -> bool:
-    """Have files as the shard `path`, part of them as `share` if it is given; False if both are there already."""
+    """Write files as the shard `path`, part of them as `share` if it is given; False if both are there already."""
     remote, kind = "://" in files[0], PurePosixPath(urlsplit(files[0]).path).suffix.lower()
     if remote and share is None and kind not in KINDS[1:]:
         return get(files[0], path, check_parquet)

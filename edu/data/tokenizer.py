@@ -232,7 +232,7 @@ def tokenizer_config(tokenizer: Tokenizer, model_max_length: int | None) -> dict
 
 
 def _read_spec(spec: Mapping[str, Any]) -> tuple[dict[bytes, int], str, dict[str, int]]:
-    """Ranks, split pattern, special tokens of a parsed tokenizer.json; KeyError and the like on another form."""
+    """Return ranks, split pattern, special tokens of a parsed tokenizer.json; KeyError and the like on another form."""
     byte_of = {name: byte for byte, name in enumerate(byte_names())}
     special = {token["content"]: token["id"] for token in spec["added_tokens"]}
     vocabulary: Mapping[str, int] = spec["model"]["vocab"]

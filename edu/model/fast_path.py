@@ -1,4 +1,4 @@
-"""The choice between readable code and its faster twin in edu/fast: the only module that loads edu/fast.
+"""Selection between readable code and its faster twin in edu/fast: the only module that loads edu/fast.
 
 edu/fast computes the same again for one kind of hardware. It is used by itself where it applies, and switched off by
 EDU_FAST=0 in the environment or `--fast off` on a command line. Without that folder, or without numba, everything works.
