@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -381,7 +382,7 @@ def test_rewards_may_be_async_and_share_one_event_loop() -> None:
     "given",
     [[1, 0], (1.0, 0.0), [True, False], [np.bool_(1), np.float32(0)], np.array([1, 0]), torch.tensor([1.0, 0.0]),
      [torch.tensor(1), torch.tensor(0)], (float(i) for i in (1, 0)), [1.0, None]],
-    ids=str,
+    ids=lambda given: "generator" if isinstance(given, Iterator) else str(given),  # its text is another in each process
 )  # fmt: skip
 def test_rewards_are_read_as_trl_reads_them(given: Any) -> None:
     assert grade(lambda **_: given, ["a", "b"]) == [1.0, 0.0]
