@@ -23,16 +23,16 @@ from edu.data.tokenizer import Tokenizer
 from edu.inference.engine import Engine
 from edu.inference.params import Sample
 from edu.stages import rl
-from edu.stages.objective import advantages, normaliser, surrogate, token_share
+from edu.stages.objective import advantages, length_weight, normalizer, surrogate
 from edu.stages.rollouts import (
     Rollout,
     assemble,
     draw,
-    fitting,
+    filter_by_length,
     lay_out,
     roll_out,
     show_group,
-    summarise,
+    summarize,
     token_logprobs,
 )
 from edu.tasks.gsm8k import GSM8K
@@ -175,9 +175,9 @@ class Toy:
         for group in product(self.rewards, repeat=samples):
             chance = math.prod(self.probabilities[tokens] for tokens in group)
             rated = advantages([self.rewards[tokens] for tokens in group], advantage)
-            count = normaliser([len(tokens) for tokens in group], normalization, longest=2)
+            count = normalizer([len(tokens) for tokens in group], normalization, longest=2)
             for tokens, a in zip(group, rated, strict=True):
-                weights[tokens] += chance * a * token_share(len(tokens), normalization) / count
+                weights[tokens] += chance * a * length_weight(len(tokens), normalization) / count
         return self.gradient(weights)
 
 
@@ -335,11 +335,11 @@ def test_rollouts_train_what_was_sampled_the_stop_token_included(tokenizer: Toke
         assert all(each.sample.mask)
     cut = Rollout(prompt, Sample([1, 2], [1, 1], [0.0, 0.0], "length"), 0.0, 0.0)
     assert show_group([cut], tokenizer)[0]["finish_reason"] == "length"
-    figures = summarise([[cut, cut]])
+    figures = summarize([[cut, cut]])
     assert figures["completions/clipped_ratio"] == 1
     assert figures["frac_reward_zero_std"] == 1
     right = Rollout(prompt, Sample([1], [1], [-2.0], "stop"), 1.0, 1.0)
-    figures = summarise([[cut, cut], [right, right], [right, cut]])
+    figures = summarize([[cut, cut], [right, right], [right, cut]])
     assert figures == pytest.approx(
         {
             "reward": 0.5,
@@ -379,11 +379,11 @@ def test_a_tool_call_in_a_rollout_is_answered_and_its_answer_not_trained(tokeniz
 
 
 def test_problems_that_do_not_fit_are_left_out_and_counted(tokenizer: Tokenizer, task: GSM8K) -> None:
-    kept, left_out = fitting(task, tokenizer, room=60)
+    kept, left_out = filter_by_length(task, tokenizer, room=60)
     assert (len(kept), left_out) == (1, 1)
     assert isinstance(kept, Subset)
     with pytest.raises(ValueError, match="no problem leaves room for an answer"):
-        fitting(task, tokenizer, room=2)
+        filter_by_length(task, tokenizer, room=2)
 
 
 def test_every_epoch_draws_each_problem_once() -> None:
@@ -539,7 +539,7 @@ def test_a_reward_function_grades_a_step_in_one_call_and_what_it_logs_is_kept(
     assert calls == [len(finished)]
     assert len(finished) > 1
     assert [r.reward for r in finished] == list(range(len(finished)))
-    assert summarise(groups)["reward/asked"] == len(finished)
+    assert summarize(groups)["reward/asked"] == len(finished)
     shown = [row for group in groups for row in show_group(group, tokenizer) if row["finish_reason"] == "stop"]
     assert [row["number"] for row in shown] == list(range(len(finished)))
 

@@ -40,9 +40,9 @@ CLOSURES = {
     7: (["chat/chat_format.py", "chat/sft_data.py"], 1021),
     8: (["stages/sft.py"], 4893),
     9: (["tasks/gsm8k.py"], 242),
-    10: (["stages/rl.py"], 6575),
+    10: (["stages/rl.py"], 6585),
 }
-MAX_LINES = 11_360  # of edu/ and scripts/ without edu/fast and the embedded world; comment lines are not counted
+MAX_LINES = 11_370  # of edu/ and scripts/ without edu/fast and the embedded world; comment lines are not counted
 VAGUE_NAMES = ("util", "utils", "common", "helper", "helpers", "misc")
 FORBIDDEN_CALLS = ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "torch.hub.load")
 HERE = () if ROOT.parent == Path("/") else (f"{ROOT.parent}/",)  # where this very checkout lies

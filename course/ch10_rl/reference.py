@@ -18,7 +18,7 @@ def advantages(rewards: Tensor) -> Tensor:
 def policy_loss(logprobs: Tensor, mask: Tensor, advantage: Tensor) -> Tensor:
     """sum(w * -log p) / N with the weights and the N of the stage, where every token weighs the same."""
     lengths = [int(length) for length in mask.sum(-1).tolist()]
-    N = objective.normaliser(lengths, "token", max(lengths))
+    N = objective.normalizer(lengths, "token", max(lengths))
     return (mask * advantage[:, None] * -logprobs).sum() / max(N, 1)
 
 

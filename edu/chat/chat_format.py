@@ -33,9 +33,9 @@ class Rendered:
     """A conversation as tokens."""
 
     ids: list[int]
-    """The tokens, BOS first."""
+    """Token ids, BOS first."""
     mask: list[int]
-    """1 where the assistant speaks: text, calls with their marks, end token; 0 elsewhere, tool outputs included."""
+    """1 on tokens to learn: the assistant's text, calls with their marks, end token. 0 elsewhere: tool outputs, messages of weight 0."""
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:

@@ -6,7 +6,7 @@ shifted by one. Only the assistant's are learned; the others are IGNORE (-1), wh
     inputs    <|bos|>  <|user_start|>  Hi  <|user_end|>  <|assistant_start|>  Hello  !
     targets     -1           -1        -1       -1             Hello            !    <|assistant_end|>
 
-<|assistant_start|> is an input with a target, and no target itself: who asks the model writes it. <|assistant_end|> is a
+<|assistant_start|> is an input with a target, and no target itself: the program that asks for an answer writes it. <|assistant_end|> is a
 target: only a model that learned to say it stops by itself. `python scripts/show_sft_batch.py` shows a batch like this.
 """
 

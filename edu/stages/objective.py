@@ -1,7 +1,7 @@
 """The objective of RL as numbers: what each sampled token weighs in sum(w * -log p) / N.
 
-The gradient of every objective in docs/rl.md is a weighted sum of the sampled tokens' grad log p. So the weights say it
-all: they are worked out before an update, and the loss and the step stay those of pretraining.
+Every objective in docs/rl.md has the gradient sum(w * grad log p) over the sampled tokens. So each is computed as numbers
+w before the update, and the loss and the step are those of pretraining.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ STD_FLOOR = 1e-4  # added to the standard deviation, as TRL does: a group of nea
 
 
 def advantages(rewards: Sequence[float], kind: Advantage = "mean") -> list[float]:
-    """How much better than its group each answer is; zero for all where the rewards are equal.
+    """Return each answer's reward minus a baseline from its group; all zero where the rewards are equal.
 
     mean: reward - mean (Dr. GRPO, arXiv:2503.20783). mean_std: that, divided by the standard deviation (GRPO,
     arXiv:2402.03300). leave_one_out: reward - mean of the others (RLOO, arXiv:2402.14740).
@@ -29,17 +29,18 @@ def advantages(rewards: Sequence[float], kind: Advantage = "mean") -> list[float
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean, K = fmean(rewards), len(rewards)
+    # leave_one_out: K / (K - 1) * (reward - mean of all) = reward - mean of the others
     factor = {"mean": 1.0, "mean_std": 1 / (stdev(rewards) + STD_FLOOR), "leave_one_out": K / (K - 1)}[kind]
     return [factor * (reward - mean) for reward in rewards]
 
 
-def token_share(length: int, kind: Normalization) -> float:
-    """What a token of an answer of `length` sampled tokens weighs, its advantage aside."""
+def length_weight(length: int, kind: Normalization) -> float:
+    """Return the weight of one token of an answer, its advantage aside."""
     return 1 / length if kind == "sequence" else 1.0
 
 
-def normaliser(lengths: Sequence[int], kind: Normalization, longest: int) -> int:
-    """N of answers with so many sampled tokens each.
+def normalizer(lengths: Sequence[int], kind: Normalization, longest: int) -> int:
+    """Return N for answers of these lengths in sampled tokens.
 
     token: all their tokens (DAPO, arXiv:2503.14476). sequence: the answers, each of which is a mean over its own tokens
     (GRPO). constant: the answers times the longest allowed (Dr. GRPO).
@@ -52,11 +53,11 @@ class Surrogate:
     """The clipped objective and the KL of one answer at the present policy, an entry per token."""
 
     weights: np.ndarray
-    """w of sum(w * -log p): its gradient there is that of min(ratio A, clip(ratio) A) - kl * k3."""
+    """w such that the gradient of sum(w * -log p) is minus that of min(ratio A, clip(ratio) A) - kl * k3, to be maximized."""
     clipped: np.ndarray
-    """Whether the ratio is beyond its bound on the side where the advantage would push it on: no gradient."""
+    """Mask of tokens whose ratio is beyond its bound in the direction that the advantage pushes: no gradient."""
     kl: np.ndarray
-    """k3, an estimate of the KL to the reference that is unbiased and never negative."""
+    """Estimate k3 of the KL to the reference, unbiased and never negative."""
 
 
 def surrogate(
@@ -72,6 +73,7 @@ def surrogate(
     ([0.5], [False], [0.0])
     """
     ratio, apart = np.exp(now - old), reference - now
+    # Beyond the bound in the direction A pushes: too likely already and A > 0, or too unlikely already and A < 0.
     clipped = ratio > 1 + high if advantage > 0 else (ratio < 1 - low) & (advantage < 0)
     weights = np.where(clipped, 0.0, ratio * advantage) + kl * np.expm1(apart)
     return Surrogate(weights, clipped, np.expm1(apart) - apart)

@@ -1,7 +1,11 @@
 """Reinforcement learning: sample answers, reward the right ones, make the better ones of each group more likely.
 
 On-policy and without tricks unless told otherwise: one update on what was just sampled (REINFORCE with a group baseline),
-normalised by all sampled tokens of the step. Each choice of the literature is one flag; docs/rl.md has the formulas.
+normalized by all sampled tokens of the step. Each choice of the literature is one flag; docs/rl.md has the formulas.
+
+Loss of an update: sum(A * -log p) / N over the sampled tokens. A, the advantage, is a constant: the gradient is A * -grad
+log p, so an answer better than its group becomes more likely, a worse one less. Nothing else differs from SFT: A is
+Batch.weights, and edu.training.step has the minus.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,18 +26,18 @@ from edu.evaluation.suite import load_suite, read_task, show_answers
 from edu.inference.engine import Engine
 from edu.model.gpt import GPT
 from edu.model.load import load_model, load_tokenizer
-from edu.stages.objective import normaliser, surrogate, token_share
+from edu.stages.objective import length_weight, normalizer, surrogate
 from edu.stages.rollouts import (
     Rollout,
     assemble,
     draw,
-    fitting,
+    filter_by_length,
     lay_out,
     roll_out,
     seed_of,
     show_group,
     shuffled,
-    summarise,
+    summarize,
     token_logprobs,
 )
 from edu.tasks.load import load
@@ -48,17 +52,17 @@ from edu.training.step import Term
 FIRST_STEPS = 3
 """Steps in which equal rewards of all answers are reported."""
 ROUNDS = 4
-"""How many times batch_size problems dynamic sampling may try in a step, to find enough that teach something."""
+"""Rounds of batch_size problems that dynamic sampling may try in a step, to find enough with unequal rewards."""
 
 
 def train(config: RLConfig, hooks: Hooks | None = None) -> Result:
-    """Reinforce, or continue where the folder stands: each step samples, weighs and updates, as `Reinforcement` says."""
+    """Run RL, or continue from the newest checkpoint; `Reinforcement` has the steps."""
     accelerator = compute_init(config.seed, config.mixed_precision, config.log_with, str(config.out))
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=torch.float32)  # bf16 would round away most updates
     T = model.config.max_position_embeddings
     suite = load_suite(config)
-    task, left_out = fitting(read_task(config, "train"), tokenizer, T - config.max_new_tokens)
+    task, left_out = filter_by_length(read_task(config, "train"), tokenizer, T - config.max_new_tokens)
     accelerator.print(f"{len(task):,} problems; {left_out:,} more leave no room for an answer in a context of {T}")
     measured: Task = next(iter(suite.tasks.values()))
     if config.num_problems is not None:
@@ -134,7 +138,7 @@ class Reinforcement:
         sampled, kept = self.sample(step)
         if step % self.config.eval_every == 0:
             self.run.show(step, [row for group in sampled[:1] for row in show_group(group, self.tokenizer)])
-        of_rollouts = summarise(gather_object(sampled))
+        of_rollouts = summarize(gather_object(sampled))
         if step < FIRST_STEPS and of_rollouts[metrics.REWARD_STD] == 0:
             self.accelerator.print(
                 f"step {step}: every answer earned {of_rollouts[metrics.REWARD]:g}, so there is nothing to learn from. Look at "
@@ -151,6 +155,7 @@ class Reinforcement:
         """
         config, world = self.config, self.accelerator.num_processes
         size, rounds = config.batch_size, ROUNDS if config.dynamic_sampling else 1
+        # Step s owns entries s * rounds * size and on: rounds of them may be needed, so a resumed run draws the same.
         chosen = draw(len(self.task), config.seed, step * rounds * size, rounds * size)
         sampled, telling = dict[int, list[Rollout]](), list[int]()
         by_task = grade_one_by_one(self.task)
@@ -180,11 +185,12 @@ class Reinforcement:
         """Yield the loss terms of each update on a step's rollouts, the same rows with new weights, and their metrics."""
         config, T, pad, size = self.config, self.context, self.tokenizer.pad, self.config.micro_batch_size
         lengths = [r.length for r in rollouts]
-        # Without advantage there is no gradient but the KL's: such rollouts count in N, and are not computed.
+        # Zero advantage and no KL: no gradient, so such a rollout is not computed. It counts in N, as a zero in the mean.
         useful = [r for r in rollouts if r.advantage != 0 or config.kl]
         left_out = sum(lengths) - sum(r.length for r in useful)
-        count = normaliser(lengths, config.normalization, config.max_new_tokens)
+        count = normalizer(lengths, config.normalization, config.max_new_tokens)
         parts = lay_out([r.piece for r in useful], T, size)
+        # Every process needs the same number of micro-batches: short ones add empty ones.
         parts += [[] for _ in range(max(1, *gather_object([len(parts)])) - len(parts))]
         others = []
         if self.replay is not None:
@@ -192,8 +198,10 @@ class Reinforcement:
             micro = split_rows(again, size, self.accelerator)
             others.append(Term(batches_of(micro, T, pad), config.replay_weight))
         for weights, figures in self.weights(useful, sum(lengths)):
+            # Here A meets the tokens: collate spreads `weight` over the sampled ones (not the prompt, not tool outputs; the
+            # stop token is one of them), and train_step makes of it sum(weight * -log p) / N.
             pieces = [
-                replace(r.piece, weight=weight * token_share(r.length, config.normalization))
+                replace(r.piece, weight=weight * length_weight(r.length, config.normalization))
                 for r, weight in zip(useful, weights, strict=True)
             ]
             batches = [assemble(part, pieces, pad) for part in parts]
@@ -202,7 +210,7 @@ class Reinforcement:
     def weights(
         self, rollouts: list[Rollout], tokens: int
     ) -> Iterator[tuple[list[float] | list[np.ndarray], dict[str, float]]]:
-        """What each rollout's tokens weigh in each update: its advantage, while the policy is the one that sampled.
+        """Yield the weight of each rollout's tokens in each update: the advantage, while the policy is the one that sampled.
 
         Later updates, and a KL, need the log-probabilities of three policies: one pass without gradients for each.
         """
@@ -212,6 +220,7 @@ class Reinforcement:
             return
         pieces = [r.piece for r in rollouts]
         size, totals = (self.context, config.micro_batch_size), np.zeros(3)  # clipped, KL and all tokens so far
+        # now: the model as it is. old: as it was when it sampled. near: the reference, which the KL pulls to.
         old = near = list[np.ndarray]()
         for epoch in range(config.epochs):
             with generating(self.accelerator, self.training.model) as model, self.accelerator.autocast():

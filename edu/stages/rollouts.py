@@ -1,7 +1,7 @@
 """Rollouts: sample K answers to a problem, score each, and turn what was sampled into rows to learn from.
 
-A rollout trains exactly the tokens that the model chose, the stop token included; the prompt and what a tool forced are
-only read. It is sampled at temperature 1 from the full softmax, so the log-probabilities trained are those sampled from.
+A rollout trains exactly the tokens that the model chose (the stop token too, if it was reached). The prompt and tool
+outputs are only read. It is sampled at temperature 1 from the full softmax, so the log-probabilities trained are those sampled from.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ class Rollout:
         return TrainingExample(self.prompt + self.sample.tokens, mask, self.advantage)
 
 
-def fitting(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
-    """The problems whose prompt has at most `room` tokens, and how many do not; ValueError if none is left."""
+def filter_by_length(task: Task, tokenizer: Tokenizer, room: int) -> tuple[Task, int]:
+    """Return the problems whose prompt has at most `room` tokens, and how many do not; ValueError if none is left."""
     lengths = [len(render_prompt(task.get_example(i)["messages"], tokenizer)) for i in range(len(task))]
     kept = [i for i, length in enumerate(lengths) if length <= room]
     if not kept:
@@ -91,7 +91,7 @@ def roll_out(
 
 
 def joined(pieces: Sequence[TrainingExample]) -> TrainingExample:
-    """Answers to one prompt as one piece, so that the prompt is computed once.
+    """Join answers to one prompt into one example, so that the prompt is computed once.
 
     Each further answer is a branch: it repeats the prompt's last token, which predicts its first own one, at that token's
     position. Attention, and so every log-probability, is that of the answer alone (`edu.model.masks.document_mask`).
@@ -107,26 +107,28 @@ def joined(pieces: Sequence[TrainingExample]) -> TrainingExample:
 
 
 def _prompt(piece: TrainingExample) -> int:
-    """How many tokens stand before the first target."""
+    """Count the tokens before the first target."""
     return int(np.argmax(piece.mask))
 
 
 Part = list[list[list[int]]]
-"""A micro-batch of rows of joined pieces, each as indices of answers."""
+"""Micro-batch: rows of bundles of indices. A bundle is the answers joined behind one prompt."""
 
 
 def lay_out(pieces: Sequence[TrainingExample], sequence_length: int, batch_size: int) -> list[Part]:
-    """Answers to the same prompt, which are neighbours, joined by as many as fit a row, about as many in each; then rows.
+    """Lay out answers in micro-batches of rows: neighbors with the same prompt are joined, as many as fit a row, split evenly.
 
     >>> lay_out([TrainingExample([7] * 4 + [i], [0, 0, 0, 0, 1]) for i in range(3)], sequence_length=6, batch_size=4)
     [[[[0, 2]], [[1]]]]
     """
 
     def tokens(share: list[int]) -> int:
-        """Of the branches."""
+        """Count the tokens of the branches."""
         return sum(len(pieces[i].ids) + 1 - _prompt(pieces[i]) for i in share)
 
     bundles = list[list[int]]()
+    # Joined length: prompt - 1 + sum(1 + own tokens); a row takes T + 1. Add shares until the largest fits; each answer,
+    # longest first, goes to the shortest share.
     for _, group in groupby(range(len(pieces)), key=lambda i: list(pieces[i].ids[: _prompt(pieces[i])])):
         members = sorted(group, key=lambda i: -len(pieces[i].ids))
         room, shares = sequence_length + 2 - _prompt(pieces[members[0]]), [members]
@@ -140,7 +142,7 @@ def lay_out(pieces: Sequence[TrainingExample], sequence_length: int, batch_size:
 
 
 def assemble(part: Part, pieces: Sequence[TrainingExample], pad: int = 0) -> Batch:
-    """A micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few compiled programs."""
+    """Lay out a micro-batch as long as its longest row, rounded up to 16 tokens: few shapes are few compiled programs."""
     rows = [[joined([pieces[i] for i in bundle]) for bundle in row] for row in part] or [[]]
     longest = max(1, *(sum(len(piece.ids) - 1 for piece in row) for row in rows))
     return collate(rows, -(-longest // 16) * 16, pad)
@@ -150,7 +152,7 @@ def assemble(part: Part, pieces: Sequence[TrainingExample], pad: int = 0) -> Bat
 def token_logprobs(
     model: GPT, pieces: Sequence[TrainingExample], sequence_length: int, batch_size: int
 ) -> list[np.ndarray]:
-    """Log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
+    """Return the log-probability under a model of each of the pieces' tokens, as long as their ids; 0.0 where none is trained.
 
     The rows are laid out as in training, so what is trained next has these very log-probabilities.
     """
@@ -171,7 +173,7 @@ def token_logprobs(
 
 
 def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """A group as lines of samples.jsonl: what was said, calls of tools included, and what it earned."""
+    """Return a group as lines of samples.jsonl: what was said, calls of tools included, and what it earned."""
     return [
         {
             "prompt": tokenizer.decode(each.prompt, skip_special=True),
@@ -185,8 +187,8 @@ def show_group(group: Sequence[Rollout], tokenizer: Tokenizer) -> list[dict[str,
     ]
 
 
-def summarise(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """The figures of a step's rollouts, under TRL's names."""
+def summarize(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """Return the metrics of a step's rollouts, under TRL's names."""
     flat = [rollout for group in groups for rollout in group]
     rewards = [[rollout.reward for rollout in group] for group in groups]
     logged = dict[str, list[float]]()

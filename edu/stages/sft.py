@@ -44,7 +44,7 @@ def train(config: SFTConfig, hooks: Hooks | None = None) -> Result:
     training = Training(run, model, tokenizer, list(data.counts().items()), hooks=hooks)
 
     def updates(step: int) -> Iterator[Update]:
-        # The rows follow from the step alone, so a checkpoint needs no position, and any number of processes trains
+        # The rows follow from the step alone, so a checkpoint saves no place in the data, and any number of processes trains
         # on the same ones. Each micro-batch holds micro_batch_size rows of (inputs, targets), (B, T) both; targets are
         # -1 on all that the assistant did not say. One term: its N counts the other targets of all micro-batches and
         # processes, so the update is the same however the rows are split.

@@ -29,9 +29,9 @@ class Term:
     batches: Sequence[Batch]
     scale: float = 1.0
     left_out: int = 0
-    """Targets of weight 0 that count in N but were left out of the batches, since their gradient is zero."""
+    """Targets of weight 0 left out of the batches, since their gradient is zero: counted in `tokens`, in N unless `count` is given."""
     count: int | None = None
-    """This process's part of N, where that is not its number of targets."""
+    """Part of N of this process, where that is not its number of targets."""
 
     def split(self, parts: int) -> "Term":
         """Return the same term in micro-batches of a parts-th of the rows, the last ones perhaps empty."""
@@ -43,7 +43,7 @@ class StepResult:
     """Outcome of a step, over all processes."""
 
     losses: list[float]
-    """Of each term, in nats per target."""
+    """Loss of each term, nats per target."""
     tokens: int
     """Targets of the first term."""
     positions: int
@@ -51,9 +51,9 @@ class StepResult:
     row_length: float
     """Length of the rows that were computed, a mean over their positions."""
     grad_norm: float
-    """Before clipping."""
+    """Norm of all gradients before clipping."""
     skipped: bool
-    """Whether nothing was updated: no target had a weight, or fp16 overflowed."""
+    """True where nothing was updated: no target had a weight, or fp16 overflowed."""
 
 
 def _sum(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -87,15 +87,16 @@ def _noticing_out_of_memory(model: nn.Module) -> Iterator[None]:
 def train_step(
     accelerator: Accelerator, model: nn.Module, optimizer: MuonAdamW, terms: Sequence[Term], clip: float = 1.0
 ) -> StepResult:
-    """Accumulate the gradients of all micro-batches, clip, update. Every process must bring as many micro-batches.
+    """Accumulate the gradients of all micro-batches, clip, update. Every process must bring the same number of micro-batches.
 
-    1. Add up N of each term over all processes. Where no target of any process has a weight, nothing changes: an
-       update by the optimizer's momentum alone would move the weights as far as any other.
+    1. Add up N of each term over all processes. Where no target anywhere has a weight, skip the update: momentum
+       would move the weights without any gradient.
     2. Backward each micro-batch, scaled so that accelerate's mean over micro-batches and DDP's or FSDP's over processes cancel.
     3. Clip and update once, after the last one.
 
     OutOfMemory leaves model and optimizer as they were; an error in 3 does not.
     """
+    # 1. Count on this process, then sum over all: N of each term, targets, weighted targets, positions, their row lengths.
     micro = [(i, batch) for i, term in enumerate(terms) for batch in term.batches]
     targets = [t.left_out + sum(int((b.targets != IGNORE).sum()) for b in t.batches) for t in terms]
     parts = [n if t.count is None else t.count for n, t in zip(targets, terms, strict=True)]
@@ -107,14 +108,19 @@ def train_step(
     tokens, row_length = max(int(tokens), 1), float(squares) / max(int(positions), 1)
     if not weighed:
         return StepResult([0.0] * len(terms), tokens, 0, row_length, 0.0, skipped=True)
+    # 2. accelerate divides each loss by gradient_accumulation_steps, and DDP and FSDP average over processes: the two
+    # factors turn both back into sums. `step = 0` restarts its count, so only the last micro-batch synchronizes.
     sums = torch.zeros(len(terms), device=accelerator.device)
     accelerator.gradient_accumulation_steps, accelerator.step = len(micro), 0
     with _noticing_out_of_memory(model):
         for i, batch in ((i, batch.to(accelerator.device)) for i, batch in micro):
             with accelerator.accumulate(model):
+                # The minus of -w log p, for every stage. In RL w is the advantage: where it is positive the step makes
+                # the token more likely, where it is negative less.
                 loss = -_weighted_sum(model, batch) / counts[i].clamp(min=1)
                 sums[i] += loss.detach()
                 accelerator.backward(loss * terms[i].scale * len(micro) * accelerator.num_processes)
+    # 3. One norm and one update, of the sum of all micro-batches.
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     grad_norm = float("nan") if norm is None else float(whole(norm))
     optimizer.step()
@@ -124,9 +130,10 @@ def train_step(
 
 
 def fits(accelerator: Accelerator, model: nn.Module, terms: Sequence[Term]) -> bool:
-    """Return whether all processes have memory for their micro-batches: tried without exchange, nothing is updated.
+    """Return whether all processes have memory for their largest micro-batch, without communication or update.
 
-    In a step the others would wait forever for one that ran out. Twice, so that gradients are held meanwhile.
+    Called apart from a step, because there the others would wait forever for a process that failed. Two passes: the
+    second runs while the first's gradients take memory.
     """
     batches = [batch for term in terms for batch in term.batches]
     largest = max(batches, key=lambda b: (b.targets.numel(), int((b.targets != IGNORE).sum())))
