@@ -12,12 +12,15 @@ text: the law that it names must fail on it.
 """
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,6 +176,56 @@ def source_of(value: Any) -> Path | None:
         return Path("built into Python")
 
 
+def watch_answers(chapter: Chapter, path: Path) -> set[str]:
+    """Return a set that fills with the answers this process reads from now on, however it opens them.
+
+    Not counted are the graded file itself and what start.py imports.
+    """
+    given = imported_names(ast.parse((chapter.folder / "start.py").read_text(encoding="utf-8")))
+    allowed = {name.rpartition(".")[0] for name in given} | given
+    found: set[str] = set()
+    if path.resolve().is_relative_to(ROOT):
+        allowed.add(".".join(path.resolve().relative_to(ROOT).with_suffix("").parts))
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event != "open" or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        file = Path(os.path.realpath(os.fsdecode(arguments[0])))
+        if not file.is_relative_to(ROOT):
+            return
+        parts = [part for part in file.relative_to(ROOT).parts if part != "__pycache__"]
+        parts[-1] = parts[-1].partition(".")[0]  # of solution.py and of solution.cpython-313.pyc
+        answer = parts[0] == "edu" or (parts[0] == "course" and parts[-1] in ("solution", "reference"))
+        if answer and ".".join(parts) not in allowed:
+            found.add(".".join(parts))
+
+    sys.addaudithook(hook)
+    return found
+
+
+def is_the_solution(module: ModuleType, chapter: Chapter, solution: ast.Module) -> bool:
+    """Whether all functions and classes that a chapter asks for are those of its solution, docstrings aside."""
+    answers = {node.name: _code(node) for node in solution.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for name in answers.keys() & set(chapter.provides):
+        try:
+            source = textwrap.dedent(inspect.getsource(getattr(module, name)))
+            if _code(ast.parse(source).body[0]) != answers[name]:
+                return False
+        except (TypeError, OSError, SyntaxError):  # no function or class with a source
+            return False
+    return True
+
+
+def _code(tree: ast.AST) -> str:
+    """Return a definition as text that does not depend on docstrings, comments and layout."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.body = [
+                each for each in node.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))
+            ]
+    return ast.dump(tree)
+
+
 def describe_error(error: BaseException, path: Path) -> str:
     """Return an error as one line, with the last line of the learner's file that it passed through."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
@@ -180,10 +233,12 @@ def describe_error(error: BaseException, path: Path) -> str:
     return f"{type(error).__name__}{at}: {' '.join(str(error).split()) or 'no message'}"
 
 
-def check(chapter: Chapter, module: Any, path: Path) -> list[Verdict]:
+def check(
+    chapter: Chapter, module: Any, path: Path, laws: dict[str, Callable[[Any], None]] | None = None
+) -> list[Verdict]:
     """Run every law of a chapter on a module (or on any object with the chapter's names)."""
     verdicts = []
-    for name, law in chapter.laws.items():
+    for name, law in (laws or chapter.laws).items():
         sentence = inspect.cleandoc(law.__doc__ or name.replace("_", " "))
         try:
             law(module)
@@ -192,7 +247,7 @@ def check(chapter: Chapter, module: Any, path: Path) -> list[Verdict]:
             verdicts.append(Verdict(sentence, "not written yet", crashed=True))
         except AssertionError as error:
             verdicts.append(Verdict(sentence, str(error) or "does not hold"))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             verdicts.append(Verdict(sentence, describe_error(error, path), crashed=True))
     assert verdicts, f"{chapter.folder.name} has no laws"
     return verdicts
@@ -207,11 +262,13 @@ def grade(chapter: Chapter, path: Path) -> list[Verdict]:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "course.grading", str(chapter.number), str(path.absolute()), str(result)]
         try:
-            done = subprocess.run(command, cwd=ROOT, timeout=TIMEOUT, check=False)
+            # The laws are assertions, which PYTHONOPTIMIZE would take away.
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired:
             raise Refused(f"{path}: not done after {TIMEOUT} s; is there a loop without an end?") from None
         if not result.is_file():
-            raise Refused(f"{path} ended the process (exit status {done.returncode}) before the laws were run")
+            raise Refused(f"{path} ended the process (exit status {done.returncode}) before all laws were run")
         found = json.loads(result.read_text(encoding="utf-8"))
     if "refused" in found:
         raise Refused(found["refused"].replace(str(path.absolute()), str(path)))
@@ -230,14 +287,24 @@ def mutated(chapter: Chapter, mutant: Mutant) -> str:
 
 def _main(number: str, path: str, result: str) -> None:
     """Grade in this process, and write the result as JSON."""
-    chapter = find_chapter(int(number))
+    chapter, own = find_chapter(int(number)), Path(path)
+    laws, run = chapter.laws, check  # taken before the file can put others in their place
+    solution = ast.parse((chapter.folder / "solution.py").read_text(encoding="utf-8"))
+    read = watch_answers(chapter, own)
     try:
-        module = load_module(Path(path), chapter)
-        found: dict[str, Any] = {"verdicts": [vars(each) for each in check(chapter, module, Path(path))]}
+        module = load_module(own, chapter)
+        if own.resolve() != chapter.folder / "solution.py" and is_the_solution(module, chapter, solution):
+            raise Refused(f"{path} is the solution, word for word: write it your own way, the answer is not graded")
+        verdicts = run(chapter, module, own, laws)
+        if read:
+            raise Refused(f"{path} reads {', '.join(sorted(read))}: write it yourself, the answer is not graded")
+        found: dict[str, Any] = {"verdicts": [vars(each) for each in verdicts]}
     except Refused as refusal:
         found = {"refused": str(refusal)}
     Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    arguments = sys.argv[1:]
+    del sys.argv[1:]  # where the result goes is not the file's business
+    _main(*arguments)

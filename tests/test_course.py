@@ -12,6 +12,7 @@ from course import grading
 from course.grading import Chapter, Mutant, Refused, chapters, check, grade, load_module, mutated
 
 CHAPTERS = {chapter.number: chapter for chapter in chapters()}
+ANOTHER_WAY = Path(__file__).parent / "data" / "course_solutions"
 QUICK = 2  # mutants of each chapter in the quick suite
 
 
@@ -93,6 +94,19 @@ CHEATS = {
     "ends the process": ("import os\nos._exit(0)\n", "ended the process"),
     "raises": ("1 / 0\n", "ZeroDivisionError at cheat.py:1"),
     "has a syntax error": ("def f(:\n", "not readable as Python"),
+    "reads the solution": (
+        "from pathlib import Path\nexec(compile(Path('course/{folder}/solution.py').read_text(), __file__, 'exec'))\n",
+        "reads course",
+    ),
+    "wraps the solution": (
+        "import importlib\nhidden = importlib.import_module('course.{folder}.solution')\n"
+        "def download_shard(*args, **kwargs): return hidden.download_shard(*args, **kwargs)\n",
+        "reads course",
+    ),
+    "writes the result": (
+        "import os, sys\nopen(sys.argv[3], 'w').write('{{}}')\nos._exit(0)\n",
+        "IndexError",
+    ),
     "exits": ("raise SystemExit(0)\n", "ended the process"),
 }
 
@@ -104,6 +118,37 @@ def test_what_is_not_ones_own_work_is_not_graded(cheat: str, tmp_path: Path) -> 
     path.write_text(source.format(folder=chapter.folder.name))
     with pytest.raises(Refused, match=reason):
         grade(chapter, path)
+
+
+def test_the_solution_word_for_word_is_not_graded(tmp_path: Path) -> None:
+    chapter, path = CHAPTERS[10], tmp_path / "rl.py"
+    path.write_text("# mine\n" + (chapter.folder / "solution.py").read_text())
+    with pytest.raises(Refused, match="word for word"):
+        grade(chapter, path)
+
+
+@pytest.mark.parametrize(
+    "trick",
+    [
+        "g = sys.modules['__main__']\ng.check = lambda c, *_: [g.Verdict('', None) for _ in c.laws]\n",
+        "m = sys.modules['__main__'].find_chapter(10).laws_module\n"
+        "for n in list(vars(m)):\n    if n.startswith('law_'): setattr(m, n, lambda _: None)\n",
+    ],
+)
+def test_a_file_that_changes_the_grader_keeps_no_law(
+    trick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rl.py"
+    bodies = "def f(*a, **k): return None\nadvantages = policy_loss = sample = token_logprobs = rl_step = f\n"
+    path.write_text("import sys\n" + trick + bodies)
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")  # which would take the laws' assertions away
+    assert all(verdict.problem for verdict in grade(CHAPTERS[10], path))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS.values(), ids=name_of)
+def test_a_correct_solution_written_another_way_keeps_every_law(chapter: Chapter) -> None:
+    verdicts = grade(chapter, ANOTHER_WAY / f"ch{chapter.number:02}.py")
+    assert not [each for each in verdicts if each.problem]
 
 
 def test_a_name_that_another_file_defines_is_refused(tmp_path: Path) -> None:
@@ -136,7 +181,7 @@ def test_start_grade_hint_and_progress_from_the_command_line(tmp_path: Path) -> 
     assert "is there already" in course("start", "4", cwd=tmp_path).stdout
     graded = course("grade", "4", cwd=tmp_path)
     assert (graded.returncode, f"0 of {len(CHAPTERS[4].laws)} laws hold" in graded.stdout) == (1, True), graded.stdout
-    shutil.copyfile(CHAPTERS[4].folder / "solution.py", mine)
+    shutil.copyfile(ANOTHER_WAY / "ch04.py", mine)
     graded = course("grade", "4", cwd=tmp_path)
     assert (graded.returncode, "FAIL" in graded.stdout) == (0, False), graded.stdout
     assert "Hint 2 of 3" in course("hint", "4", "2", cwd=tmp_path).stdout
