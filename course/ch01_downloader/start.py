@@ -11,6 +11,8 @@ BASE_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/re
 def download_shard(index: int, target_dir: Path, base_url: str = BASE_URL, attempts: int = 5) -> Path:
     """Return target_dir/shard_<index with five digits>.parquet, downloaded unless it is there already.
 
+    target_dir is made if need be.
+
     1. A file with the final name is complete, by construction: if it is there, ask the server nothing.
     2. Write the body under another name in the same folder, a part at a time, and rename it when it is whole.
     3. Whole means: as long as Content-Length says, where the server says it, and a parquet file, which begins and ends

@@ -40,11 +40,15 @@ print("RESULT", json.dumps([setup.rank, setup.world_size, str(setup.device), fir
 @contextmanager
 def _machine(cuda: bool = False, mps: bool = False, **environment: str) -> Iterator[None]:
     """A machine with these devices, and a launcher's environment or none."""
+    kind = "cuda" if cuda else "mps" if mps else None
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
     with (
         patch.dict(os.environ, {**kept, **environment}, clear=True),
         patch("torch.cuda.is_available", lambda: cuda),
+        patch("torch.cuda.device_count", lambda: 8 if cuda else 0),
         patch("torch.backends.mps.is_available", lambda: mps),
+        patch("torch.accelerator.is_available", lambda: kind is not None),
+        patch("torch.accelerator.current_accelerator", lambda *_, **__: kind and torch.device(kind)),
     ):
         yield
 

@@ -94,7 +94,7 @@ class Engine:
         """Return the new tokens of each sample; a stop token ends its sample and is its last token.
 
         1. Prefill: the prompt once, whatever the number of samples.
-        2. Decode: one new token a row a step. temperature 0 takes the likeliest, else the logits are divided by it.
+        2. Decode: one new token a row a step, and no pass after the last one. temperature 0 takes the likeliest, else the logits are divided by it.
         3. Sample i has random numbers of its own, from (seed, i): it must not change with the number of samples.
         """
         raise NotImplementedError

@@ -10,8 +10,8 @@ from typing import Any
 def extract_answer(text: str) -> str | None:
     """Return the number behind the last #### in one form, or None.
 
-    1. The last #### counts, and only a number that stands right behind it (spaces and a $ may come before).
-    2. Commas between digits go, and so do zeros that change nothing: "1,000" -> "1000", "42.0" -> "42", "42." -> "42".
+    1. The last #### counts, and only a number that stands right behind it (spaces, a minus and a $ may come before).
+    2. Commas between digits go, and so do zeros that change nothing: "1,000" -> "1000", "42.0" -> "42", "42." -> "42"; a minus stays.
     3. Anything else behind the ####, as "41 or 42", is no answer: None.
     """
     raise NotImplementedError
