@@ -213,6 +213,7 @@ def test_the_batch_with_most_positions_is_the_one_that_is_tried() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
 def test_a_compiled_model_evaluates_without_compiling_new_shapes_and_too_many_in_training_are_an_error() -> None:
+    torch._dynamo.reset()  # programs of other tests in this process count too
     counter = CompileCounter()
     accelerator = compute_init(seed=0)
     model = GPT(GPTConfig.tiny(num_hidden_layers=1))

@@ -242,7 +242,7 @@ def fetch(
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = False
     if not path.exists():
-        with FileLock(download.lock):
+        with FileLock(download.lock, fallback_to_soft=False):
             try:
                 if fresh := not path.exists():  # else another process was faster
                     download.run(check, pause)

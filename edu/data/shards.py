@@ -257,6 +257,6 @@ def record_shard(path: Path, data_dir: Path | str, url: str, origin: str, *, che
     except (Again, TransferError) as error:
         raise TransferError(f"{error}; delete the file and rerun") from error
     entry: Entry = {"size": size, "sha256": sha256_of(path), "url": url, "source": origin}
-    with FileLock(folder / ".manifest.lock"):
+    with FileLock(folder / ".manifest.lock", fallback_to_soft=False):
         entries = dict(sorted({**read_manifest(folder), name: entry}.items()))
         write_text(folder / "manifest.json", json.dumps(entries, indent=1))

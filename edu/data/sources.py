@@ -138,7 +138,7 @@ def convert(files: Sequence[str], path: Path, share: Path | None, get: Get) -> b
     if all(target.exists() for target in targets):
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False):
         if all(target.exists() for target in targets):  # another process was faster
             return False
         raw = [Path(file) for file in files]

@@ -26,7 +26,7 @@ class Run:
         if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             # The operating system's lock: it goes when the process does, however it ends.
-            self._lock = FileLock(self.folder / ".lock")
+            self._lock = FileLock(self.folder / ".lock", fallback_to_soft=False)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
