@@ -445,6 +445,24 @@ def test_memory_that_runs_out_in_the_optimizer_is_one_line_and_not_tried_again(
     assert len(tried) == 1
 
 
+def test_a_stage_has_the_state_of_its_optimizer_before_its_first_update(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, config = stages["base"]
+
+    class FirstStep(Exception):
+        """Ends the run where the first update would begin."""
+
+    def first(_: Any, model: Any, optimizer: Any, *__: Any, **___: Any) -> None:
+        raise FirstStep(len(optimizer.optimizer.state), len(list(model.parameters())))
+
+    monkeypatch.setattr("edu.training.loop.train_step", first)
+    with pytest.raises(FirstStep) as ended:
+        train(replace(config, out=tmp_path / "again"))
+    with_state, parameters = ended.value.args
+    assert with_state == parameters > 0
+
+
 def test_a_folder_that_cannot_be_written_is_named(stages: dict[str, Stage], tmp_path: Path) -> None:
     train, config = stages["base"]
     (tmp_path / "file").write_text("in the way")
