@@ -42,7 +42,7 @@ class MixtureSource:
     config: str | None = None
     split: str = "train"
     weight: Annotated[float, Field(gt=0, le=10_000)] = 1.0
-    """How often each conversation is seen in an epoch. Those held out count once, so that their loss stays comparable."""
+    """Times that each conversation is seen in an epoch. Those held out count once, so that their loss stays comparable."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property

@@ -68,7 +68,7 @@ class Stage:
     samples: list[dict[str, Any]]
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    """What is missing or could not be read, in words."""
+    """Notes on what is missing or could not be read."""
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Return steps and values of a metric, in order, where both are finite numbers."""

@@ -23,7 +23,7 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
-"""What lets a sum be taken in vectors: another order, fused with products. Not that no number is infinite or NaN."""
+"""Compiler flags that let a sum be taken in vectors: another order, fused with products. Infinities and NaN stay allowed."""
 PART = 1_000_000
 """Cached numbers to read that are worth a thread of their own: 150 us or more, a thread wakes up in 50."""
 LINE = 64
@@ -32,7 +32,7 @@ ZERO, ONE, LOG_2 = np.float32(0), np.float32(1), np.float32(math.log(2))
 
 
 class Kept(FunctionCache):
-    """What numba keeps on disk of a function; compiled anew where it cannot be read, not kept where the disk is full."""
+    """Cache on disk of a function that numba compiled; compiled anew where it cannot be read, not kept where the disk is full."""
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -182,7 +182,7 @@ def layer_of_one(
 
 @compiled
 def _norm_scale(x: np.ndarray, eps: float) -> float:
-    """What RMS norm multiplies x with."""
+    """Return the factor that RMS norm multiplies x by."""
     total = ZERO
     for i in range(len(x)):
         total += x[i] * x[i]

@@ -35,11 +35,11 @@ class Card:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The stage's configuration as plain values."""
     data: Sequence[tuple[str, str]] = ()
-    """What it was trained on: paths or Hub ids, and how much of each."""
+    """Training data: paths or Hub ids, and how much of each."""
     course: Sequence[Mapping[str, Any]] = ()
     """Rows of metrics.jsonl."""
     figures: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured at the end: the tree of eval.json."""
+    """Measurements at the end: the tree of eval.json."""
 
 
 def write_card(folder: Path, card: Card) -> None:

@@ -44,7 +44,7 @@ class Rollout:
 
     @property
     def piece(self) -> TrainingExample:
-        """What is trained: the sampled tokens, weighted by the advantage."""
+        """Training example: the sampled tokens, weighted by the advantage."""
         mask = [0] * len(self.prompt) + self.sample.mask
         return TrainingExample(self.prompt + self.sample.tokens, mask, self.advantage)
 
