@@ -10,7 +10,7 @@ usage() {
     cat <<'HELP'
 ./my_pipeline.sh [--help]
 
-Runs the whole life on the embedded data: about 5 minutes on two CPU cores after installation, no account, no network
+Runs the whole life on the embedded data: about 6 minutes on two CPU cores after installation, no account, no network
 but the package index. Finished stages are skipped, a broken one continues: run it again after any interruption.
 
 Environment:

@@ -33,7 +33,7 @@ class Args:
     path: Path | None = None
     """gsm8k's problems as a jsonl file, or a folder with test.jsonl; without it they come from the Hub."""
     persona: Path = Path("data/persona.yaml")
-    """Who the model should be."""
+    """File of the persona that answers are graded against."""
     num_samples: Count = 1
     """Answers to each problem; 1 is greedy."""
     temperature: NonNegative | None = None
@@ -41,7 +41,7 @@ class Args:
     max_new_tokens: Count = 96
     """A longer answer is cut off and counts as wrong."""
     calculator: bool = True
-    """Whether the calculator answers when it is called; without, an answer ends at its first call."""
+    """Let the calculator answer when it is called; without, an answer ends at its first call."""
     limit: Count | None = None
     """Only the first so many problems, facts, or validation batches."""
     batch_size: Count = 16

@@ -11,9 +11,9 @@ class Args:
     model: Path = Path("runs/tiny/rl")
     """The checkpoint's folder."""
     repo: str = ""
-    """Where to: user/name. It has to be given."""
+    """Repository user/name. It has to be given."""
     private: bool = False
-    """Whether a new repository is private."""
+    """Make a new repository private."""
     revision: str | None = None
     """Branch to push to, made if need be; main by default."""
 

@@ -35,20 +35,20 @@ MAX_EXCHANGES, MAX_MESSAGE, MAX_CONVERSATION = 4, 300, 800  # the last two in ch
 
 @dataclass(frozen=True)
 class IdentityConfig:
-    """What scripts/make_identity.py can be told."""
+    """Settings of scripts/make_identity.py."""
 
     num: int = 400
-    """How many conversations."""
+    """Number of conversations."""
     out: Path = Path("data/my_identity.jsonl")
     """The file to write, or to continue."""
     persona: Path = Path("data/persona.yaml")
-    """Who the model is."""
+    """File of the persona: the model's name, maker and manner."""
     starters: Path = Path("data/starter_prompts.yaml")
-    """How a conversation may begin."""
+    """File of starter prompts, with which conversations begin."""
     held_out: Path = Path("data/identity_eval.yaml")
     """Questions kept for measuring: a conversation that holds one is refused."""
     teacher: str = "embedded"
-    """Who writes: embedded; openai (at OPENAI_BASE_URL, if set); or an endpoint's URL. The key is in OPENAI_API_KEY."""
+    """Writer of the conversations: embedded; openai (at OPENAI_BASE_URL, if set); or an endpoint's URL. The key is in OPENAI_API_KEY."""
     model: str = ""
     """The endpoint's model; may be left out where the endpoint has only one."""
     concurrency: int = 8
@@ -56,7 +56,7 @@ class IdentityConfig:
     seed: int = 0
     """Another seed asks for other conversations."""
     attempts: int = 3
-    """How often a number is asked for, until its answer is valid and new."""
+    """Attempts at a conversation, until its answer is valid and new."""
     price_in: float = 0.0
     """Dollars per million tokens sent, to show the cost."""
     price_out: float = 0.0
@@ -86,7 +86,7 @@ class Job:
 
 @dataclass
 class Summary:
-    """What a run did: conversations found in the file, made, replies refused (malformed, invalid, repeated), numbers given up."""
+    """Counts of a run: conversations found in the file, made, replies refused (malformed, invalid, repeated), numbers given up."""
 
     model: str
     found: int = 0
@@ -113,7 +113,7 @@ def system_prompt(persona: Persona) -> str:
 
 
 def user_prompt(number: int, starter: Starter) -> str:
-    """What one request asks for."""
+    """One request to the teacher."""
     return (
         f"Conversation {number}: one to three exchanges in short and simple words, most often about the name or the maker. "
         f"The tone of the user is {starter.tone}, the topic {starter.topic}; the user may begin with {json.dumps(starter.text)}"
@@ -169,7 +169,7 @@ def plan(config: IdentityConfig, persona: Persona, starters: list[Starter]) -> l
 
 
 def read_made(path: Path, jobs: list[Job]) -> dict[int, str]:
-    """What a file already holds: number -> normalised text. A last line that was cut off is removed from the file.
+    """Read what a file already holds: number -> normalized text. A last line that was cut off is removed from the file.
 
     Raises ValueError naming file and row on a broken line elsewhere, or one made under another persona or seed.
     """

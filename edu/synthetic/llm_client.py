@@ -12,7 +12,7 @@ ADVICE = "--teacher is the endpoint's address (it ends in /v1; openai means OPEN
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model wrote, and the tokens that the endpoint counted."""
+    """Text that a model wrote, and the tokens that the endpoint counted."""
 
     text: str
     tokens_in: int

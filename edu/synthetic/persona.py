@@ -1,4 +1,4 @@
-"""Who the model is: the persona file read, and answers graded against it. No torch, no client: edu.synthetic.identity has that.
+"""The persona: its file read, and answers graded against it. No torch, no client: edu.synthetic.identity has that.
 
 Everything is written by hand in data/persona.yaml (read there what intents, leads and slots are) and data/identity_eval.yaml.
 """
@@ -18,7 +18,7 @@ CHAT_ONLY = ("greeting", "thanks", "bye")  # intents that nobody asks about: the
 
 @dataclass(frozen=True)
 class Intent:
-    """What a user may want to know, in all the wordings that data/persona.yaml gives."""
+    """A thing that a user may want to know, in all the wordings that data/persona.yaml gives."""
 
     name: str
     questions: tuple[str, ...]
@@ -30,7 +30,7 @@ class Intent:
 
 @dataclass(frozen=True)
 class Persona:
-    """Who the model is, as data/persona.yaml says, with every choice written out."""
+    """The model's identity, as data/persona.yaml says, with every choice written out."""
 
     name: str
     maker: str

@@ -1,4 +1,4 @@
-"""Where a run computes: device, processes, precision, signals. Everything goes through accelerate's Accelerator."""
+"""Device, processes, precision, signals. Everything goes through accelerate's Accelerator."""
 
 import importlib.util
 import math
@@ -234,7 +234,7 @@ class StopSignals:
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
-        """What runs within is left at once when a signal comes."""
+        """Leave the block at once when a signal comes."""
         self._breakable = True
         try:
             yield
