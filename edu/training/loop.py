@@ -25,6 +25,7 @@ from edu.data.atomic_io import write_text
 from edu.data.tokenizer import Tokenizer
 from edu.model import fast_path
 from edu.model.gpt import GPT
+from edu.model.load import quiet_transformers
 from edu.training import checkpoint
 from edu.training.accelerator import StopSignals, environment, peak_flops
 from edu.training.checkpoint import Checkpoint
@@ -183,6 +184,7 @@ class Training:
             }
 
             def fill(folder: Path) -> None:
+                quiet_transformers()
                 model.save_pretrained(folder, state_dict=weights)
                 self.tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
                 self.hooks.write_card(folder, self.summary({}))
